@@ -1,0 +1,87 @@
+"""One step as data: what the scheduler asks of the runner, and what comes back. Fit for a socket; no torch here.
+
+A running sequence owns a row from admission to its end or preemption. The runner keeps token ids, block tables and
+sampling state per row, so a step only carries what changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.request import CoreRequest, TokenLogprobs
+
+
+@dataclass
+class NewRow:
+    """A sequence enters a row, for the first time or after a preemption.
+
+    Attributes:
+        row: the row it owns from now on.
+        request: with its parameters.
+        token_ids: prompt and output so far.
+        num_computed: tokens whose keys and values are in the cache already (a prefix hit).
+        block_ids: per KV group, the blocks that it owns, freed ones as 0.
+    """
+
+    row: int
+    request: CoreRequest
+    token_ids: list[int]
+    num_computed: int
+    block_ids: list[list[int]]
+
+
+@dataclass
+class Work:
+    """Tokens ``[start, start + num_tokens)`` of one row.
+
+    Attributes:
+        row: which row.
+        start: position of the first token.
+        num_tokens: how many; 1 in decode.
+        new_blocks: per KV group, blocks appended to the row's table before this step (not those of `NewRow`).
+        sample: the last token's logits choose the next token; false inside a prompt.
+        num_prompt_logits: prompt positions of this work whose logits are wanted for prompt logprobs: the first
+            `num_prompt_logits` tokens.
+    """
+
+    row: int
+    start: int
+    num_tokens: int
+    new_blocks: list[list[int]]
+    sample: bool
+    num_prompt_logits: int = 0
+
+
+@dataclass
+class Step:
+    """One step.
+
+    Attributes:
+        new_rows: sequences that enter, applied after `freed_rows`.
+        freed_rows: rows given up since the last step.
+        work: what to compute; at most one entry a row.
+    """
+
+    new_rows: list[NewRow] = field(default_factory=list)
+    freed_rows: list[int] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(w.num_tokens for w in self.work)
+
+
+@dataclass
+class StepResult:
+    """What a step gave, aligned with `Step.work`.
+
+    Attributes:
+        token_ids: the sampled token, or None where the work did not sample.
+        logprobs: of the sampled token, where asked for.
+        prompt_logprobs: entries for the work's wanted prompt positions.
+    """
+
+    token_ids: list[int | None]
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[list[TokenLogprobs] | None]
