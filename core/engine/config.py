@@ -1,13 +1,28 @@
 """Options, as a few small frozen dataclasses; each is read by one component. No torch here.
 
 `EngineArgs` is what users set: one flat list of options with vLLM's names, shared by `LLM(...)`, the command line and
-the server. `resolve` turns it into the parts once the model's own configuration is known.
+the server. The runner derives the other parts once model and platform are known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+import msgspec
+
+from engine.errors import ConfigError
+
+_AT_LEAST_ONE = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "num_blocks",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class EngineArgs:
         kv_cache_dtype: ``"auto"`` is the model's dtype.
         gpu_memory_utilization: share of the device's memory that the engine may use, weights included.
         kv_cache_memory_bytes: KV memory in bytes; wins over the share.
+        num_blocks: KV memory in pages; wins over both.
         disable_log_stats: no progress or statistics lines.
     """
 
@@ -42,7 +58,7 @@ class EngineArgs:
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -55,10 +71,35 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
     block_size: int | None = None
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
+    num_blocks: int | None = None
     disable_log_stats: bool = False
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineArgs:
+        """Check names, types and ranges; raises `ConfigError` that names the option and what it may be."""
+        known = {f.name: f for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
+                raise ConfigError(f"unknown option {name!r}{hint}")
+        args = cls(**options)
+        try:
+            msgspec.convert(dataclasses.asdict(args), cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"bad option: {error}") from error
+        for name in _AT_LEAST_ONE:
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0 < args.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {args.gpu_memory_utilization}")
+        if args.device_index < 0:
+            raise ConfigError(f"device_index must be at least 0, got {args.device_index}")
+        return args
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@
     |   |-- AmbiguousPlatformError
     |   `-- ContractError
     |-- UnsupportedCapability  a platform was asked for what it did not declare
+    |-- CommunicatorError      a collective did not complete: a rank ended, stayed away, or made another call
     |-- OutOfMemoryError       the device has too little memory for what was asked
     `-- EngineDeadError        the engine's process ended; running requests are lost
 
@@ -82,6 +83,10 @@ class UnsupportedCapability(EngineError):  # noqa: N818 - the contract's name
         self.name = name
         self.value = value
         super().__init__(f"unsupported {name}: {value!r}" + (f" ({reason})" if reason else ""))
+
+
+class CommunicatorError(EngineError):
+    """A collective did not complete: a rank ended, did not enter in time, or made another call; the message says."""
 
 
 class OutOfMemoryError(EngineError):

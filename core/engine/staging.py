@@ -1,8 +1,8 @@
 """Host arrays of a step, packed into one page-locked buffer and copied to the device at once.
 
-    host 0   | token ids | positions | slots | ... | temperatures | ... |      filled while the device may still be
-    host 1   | ...                                                      |      copying from the other one
-    device   | one address for ever, so captured graphs can read it     |
+host 0   | token ids | positions | slots | ... | temperatures | ... |      filled while the device may still be
+host 1   | ...                                                      |      copying from the other one
+device   | one address for ever, so captured graphs can read it     |
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class GroupSpec:
 class Communicator(ABC):
     """Collectives over one group. Inputs are never changed; results are the same bits on every rank.
 
-    Every rank must call with the same shapes and dtypes; a mismatch ends in a typed error within the group's timeout.
+    Every rank must call with the same shapes and dtypes; a mismatch ends in a `CommunicatorError` within the
+    group's timeout.
     """
 
     def __init__(self, group: GroupSpec) -> None:
@@ -55,8 +56,15 @@ class Communicator(ABC):
         """The sum over ranks; same shape and dtype as `x`."""
 
     @abstractmethod
-    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        """The ranks' tensors concatenated along `dim` in rank order; they may differ in size along `dim` only."""
+    def all_gather(self, x: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+        """The ranks' tensors concatenated along `dim` in rank order.
+
+        Args:
+            x: this rank's; they may differ in size along `dim` only, and then `sizes` says so.
+            dim: where to concatenate.
+            sizes: every rank's size along `dim`, in rank order; None: they are equal. Asking the others would wait
+                for the device.
+        """
 
     @abstractmethod
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:

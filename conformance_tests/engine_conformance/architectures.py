@@ -1,0 +1,119 @@
+"""Does an architecture come out right? A tiny model of it runs through the engine and is compared with Transformers.
+
+The engine's run is as hostile as a small one can be: prompts prefilled in chunks beside others that decode, prompts
+that share a prefix, and a pool so small that sequences are preempted and recomputed. The reference is the eager forward
+pass of Transformers over prompt and output together: greedy decoding is right exactly if each output token is the
+likeliest one there.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engine import LLM, RequestOutput, SamplingParams
+from engine.errors import UnsupportedModelError
+from engine_conformance.tiny_models import tiny_model
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+"""Largest difference of log probabilities. A token within it of the likeliest one counts as a tie."""
+
+_NEW_TOKENS = 12
+_MAX_MODEL_LEN = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one architecture.
+
+    Attributes:
+        name: as Transformers calls it.
+        status: ``"right"``; ``"refused"`` at load with a reason; ``"wrong"`` or ``"failed"``, which must not happen.
+        detail: the reason, or what was wrong.
+        error: largest difference of log probabilities from the reference.
+        preemptions, cached_tokens: how hostile the run was.
+    """
+
+    name: str
+    status: Literal["right", "refused", "wrong", "failed"]
+    detail: str = ""
+    error: float = 0.0
+    preemptions: int = 0
+    cached_tokens: int = 0
+
+
+def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.float32, **options: Any) -> Outcome:
+    """Build a tiny model of architecture `name`, run it on `platform`, and compare; the engine's faults are outcomes."""
+    model = tiny_model(name, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            runs = _run(name, Path(folder), platform, dtype, options)
+        except UnsupportedModelError as error:
+            return Outcome(name, "refused", str(error))
+        except Exception as error:
+            return Outcome(name, "failed", f"{type(error).__name__}: {error}")
+    preemptions = sum(o.metrics.num_preemptions for run in runs for o in run if o.metrics)
+    cached = sum(o.num_cached_tokens for run in runs for o in run)
+    worst = 0.0
+    for output in (o for run in runs for o in run):
+        detail, error = compare(model, output, TOLERANCE[dtype])
+        worst = max(worst, error)
+        if detail:
+            return Outcome(name, "wrong", detail, worst, preemptions, cached)
+    if not preemptions or not cached:
+        return Outcome(name, "wrong", "the run had no preemption, or no prefix hit", worst, preemptions, cached)
+    return Outcome(name, "right", "", worst, preemptions, cached)
+
+
+def _prompts(name: str) -> list[list[int]]:
+    draw = random.Random(name)
+    long, short, medium = ([draw.randrange(3, 128) for _ in range(n)] for n in (37, 5, 21))
+    return [long, short, long[:28] + short, medium, medium[:9] + short]
+
+
+def _run(
+    name: str, folder: Path, platform: str, dtype: torch.dtype, options: dict[str, Any]
+) -> list[list[RequestOutput]]:
+    """The same prompts twice with room to spare, for prefix hits, then with as little as one sequence needs."""
+    common: dict[str, Any] = {
+        "platform": platform,
+        "dtype": str(dtype).removeprefix("torch."),
+        "skip_tokenizer_init": True,
+        "max_model_len": _MAX_MODEL_LEN,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 16,
+        "block_size": 4,
+        **options,
+    }
+    prompts = _prompts(name)
+    greedy = SamplingParams(temperature=0, max_tokens=_NEW_TOKENS, ignore_eos=True, logprobs=-1)
+    roomy = LLM(str(folder), **{"num_blocks": 512, **common})
+    runs = [roomy.generate(prompts, greedy), roomy.generate(prompts[2:4], greedy)]
+    tight = LLM(str(folder), **{**common, "num_blocks": roomy.info.min_blocks})
+    return [*runs, tight.generate(prompts, greedy)]
+
+
+@torch.no_grad()
+def compare(model: torch.nn.Module, output: RequestOutput, tolerance: float) -> tuple[str, float]:
+    """What is wrong with a greedy output, if anything, and the largest difference of log probabilities."""
+    tokens, logprobs = output.outputs[0].token_ids, output.outputs[0].logprobs
+    assert logprobs is not None
+    ids = torch.tensor([output.prompt_token_ids + tokens])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(output.prompt_token_ids) - 1 : -1]
+    reference = logits.float().log_softmax(-1)
+    worst = 0.0
+    for i, (token, given) in enumerate(zip(tokens, logprobs, strict=True)):
+        ours = torch.tensor([given[j].logprob for j in range(reference.shape[1])])
+        difference = (ours - reference[i]).abs().max().item()
+        worst = max(worst, difference if difference == difference else float("inf"))
+        if worst > tolerance:
+            return f"log probabilities of output token {i} differ by {worst:.2e}", worst
+        if reference[i, token] < reference[i].max() - tolerance:
+            return f"output token {i} is {token}, the reference's is {reference[i].argmax()}", worst
+    return "", worst

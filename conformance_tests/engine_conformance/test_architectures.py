@@ -1,0 +1,29 @@
+"""L6: every architecture that the engine claims comes out right on the platform, and every other one is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine_conformance.architectures import check_architecture
+from engine_conformance.tiny_models import causal_lm_names
+
+EXPECTED: dict[str, str] = json.loads(Path(__file__).with_name("architectures.json").read_text())
+"""Architecture to the reason why it is refused; empty where it runs."""
+
+
+@pytest.mark.parametrize("name", [n for n in causal_lm_names() if n in EXPECTED])
+def test_architecture(name: str, platform_name: str) -> None:
+    """The outcome is the one that the supported-models page states."""
+    outcome = check_architecture(name, platform_name)
+    assert outcome.status == ("refused" if EXPECTED[name] else "right"), outcome
+    assert outcome.detail or outcome.status == "right", "a refusal gives its reason"
+
+
+def test_every_architecture_is_accounted_for() -> None:
+    """No architecture of the newest tested Transformers is missing from the table."""
+    missing = set(causal_lm_names()) - set(EXPECTED)
+    assert not missing, f"run scripts/supported_models: {sorted(missing)}"
+    assert sum(not reason for reason in EXPECTED.values()) >= 130

@@ -1,0 +1,107 @@
+"""The command line: `engine COMMAND`. A command's module is imported when it is chosen, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.errors import EngineError
+from engine.version import __version__
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        name: what the user types.
+        help: a line in the list of commands.
+        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit code.
+        extra: the extra of this distribution that the command needs; told when something cannot be imported.
+    """
+
+    name: str
+    help: str
+    module: str
+    extra: str = ""
+
+
+COMMANDS = (
+    Command("generate", "complete prompts", "engine.cli.generate"),
+    Command("chat", "talk with a model", "engine.cli.chat"),
+    Command("bench", "measure speed", "engine.cli.bench"),
+    Command("platforms", "list the hardware plugins and what they can do", "engine.cli.platforms"),
+    Command("doctor", "describe this installation, for a bug report", "engine.cli.doctor"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code; errors that are meant for users are a few lines on stderr."""
+    words = sys.argv[1:] if argv is None else argv
+    # Taken out here, so that it works behind a command as well, and before anything could fail.
+    debug, words = "--debug" in words, [w for w in words if w != "--debug"]
+    # No option before the command takes a value, so the first word is the command.
+    position = next((i for i, w in enumerate(words) if not w.startswith("-")), len(words))
+    command = next((c for c in COMMANDS if [c.name] == words[position : position + 1]), None)
+    try:
+        _top_level(words[: position + 1])
+        code = _run(command, words[position + 1 :]) if command else 0
+        sys.stdout.flush()
+    except (EngineError, KeyboardInterrupt, BrokenPipeError, ModuleNotFoundError) as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error, command)
+    return code
+
+
+def _top_level(words: Sequence[str]) -> None:
+    width = max(len(c.name) for c in COMMANDS)
+    parser = argparse.ArgumentParser(
+        "engine",
+        usage="engine [--version] [--debug] COMMAND ...",
+        description="LLM inference on any hardware.",
+        epilog="commands:\n" + "\n".join(f"  {c.name:{width}}  {c.help}" for c in COMMANDS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"engine {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "command", nargs="?", metavar="COMMAND", choices=[c.name for c in COMMANDS], help=argparse.SUPPRESS
+    )
+    if parser.parse_args(words).command is None:
+        parser.print_help()
+
+
+def _run(command: Command, words: Sequence[str]) -> int:
+    module = importlib.import_module(command.module)
+    about = (module.__doc__ or "").partition("\n\n")[0]
+    parser = argparse.ArgumentParser(f"engine {command.name}", description=about, allow_abbrev=False)
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(words))
+    return code
+
+
+def _explain(error: BaseException, command: Command | None) -> int:
+    """Tell the user on stderr; the exit code. Raises what is not meant for users."""
+    match error:
+        case EngineError():
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        case ModuleNotFoundError(name=missing) if command and command.extra:
+            remedy = f"pip install 'engine[{command.extra}]'"
+            print(f"error: engine {command.name} needs {missing}\nremedy: {remedy}", file=sys.stderr)
+            return 1
+        case KeyboardInterrupt():
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+        case BrokenPipeError():
+            # The reader left, as `head` does. Python flushes again at exit, and must find someone who listens.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+    raise error

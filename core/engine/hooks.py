@@ -1,0 +1,53 @@
+"""What several plugins may answer at once: pluggy's hook specifications, called through `engine.plugins.get_hooks`.
+
+A plugin names a module, or an instance, in the entry-point group ``engine.plugins`` and marks its functions with
+`hookimpl`. A function may leave out arguments that it does not need. Whatever a hook raises ends in a `PluginError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from engine.info import EngineStats
+
+PROJECT = "engine"
+"""pluggy's project name: a plugin may make its marker with ``pluggy.HookimplMarker("engine")``."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def engine_config_defaults(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Values for options that the user left open.
+
+    Args:
+        options: every option by name, None where it was left open.
+
+    Returns:
+        Option name to value, ignored for options that are not None. It is an error to name an option that does not
+        exist, or to contradict another plugin.
+    """
+
+
+@hookspec
+def engine_models() -> Mapping[str, Callable[..., Any]] | None:
+    """Adapters of model architectures, for models that need more than the engine's own swaps.
+
+    Returns:
+        Name of the architecture, as config.json has it, to its adapter. Two plugins that adapt one architecture are an
+        error.
+    """
+
+
+@hookspec
+def engine_stats(stats: EngineStats) -> None:
+    """A snapshot after each step. It runs on the engine's thread, so it must return at once.
+
+    Args:
+        stats: frozen; later versions may add fields.
+    """

@@ -1,0 +1,57 @@
+"""Log probabilities, computed on the device now and read by the host once the step is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.interfaces import Device
+from engine.request import TokenLogprobs
+
+
+@dataclass
+class DeviceLogprobs:
+    """Log probabilities at L positions, of the model's own distribution: fp32, before penalties and temperature.
+
+    Attributes:
+        packed: int32 [L, 2K + 3]: K + 1 token ids, the chosen one first; as many fp32 bit patterns; the chosen's rank.
+        counts: for each position, how many of the K likeliest were asked for.
+        index: for each position, which of `size` results it is.
+        size: how many results there are; those without a position are None.
+    """
+
+    packed: Tensor
+    counts: list[int]
+    index: list[int]
+    size: int
+
+    def start_copy(self, device: Device) -> None:
+        """Start the copy to page-locked memory; `to_host` may follow once an event recorded after this has passed."""
+        self.packed = device.host_buffer(tuple(self.packed.shape), torch.int32).copy_(self.packed, non_blocking=True)
+
+    def to_host(self) -> list[TokenLogprobs | None]:
+        """The results. Waits for the device unless `start_copy` was called."""
+        packed = self.packed.cpu().numpy()
+        width = packed.shape[1] // 2
+        ids, logprobs, ranks = packed[:, :width], packed[:, width:-1].view(np.float32), packed[:, -1].tolist()
+        result: list[TokenLogprobs | None] = [None] * self.size
+        for i, (at, count, rank) in enumerate(zip(self.index, self.counts, ranks, strict=True)):
+            result[at] = TokenLogprobs(ids[i, : count + 1].tolist(), logprobs[i, : count + 1].tolist(), rank)
+        return result
+
+
+def pack_logprobs(logits: Tensor, token_ids: Tensor, num: int) -> Tensor:
+    """`DeviceLogprobs.packed` for the `num` likeliest tokens.
+
+    A token's rank is one more than the number of tokens that are strictly likelier.
+    logits [L, V] of any float dtype; token_ids, the chosen ones, int64 [L].
+    """
+    x = logits.float()
+    chosen = x.gather(-1, token_ids[:, None])
+    values, ids = x.topk(num, -1)
+    logprobs = torch.cat((chosen, values), -1) - x.logsumexp(-1, keepdim=True)
+    rank = (x > chosen).sum(-1, keepdim=True) + 1
+    return torch.cat((token_ids[:, None].int(), ids.int(), logprobs.view(torch.int32), rank.int()), -1)

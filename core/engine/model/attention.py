@@ -1,0 +1,229 @@
+"""Attention: the models' own code calls one opaque op, which finds its layer by a handle and asks the platform.
+
+    model's attention module -> engine_attention(module, q, k, v) -> op engine::attention(q, k, v, handle, out)
+                                                                       handle -> AttentionLayer: backend, cache, plan
+
+The handle is a tensor that hangs on the module: a layer's number as a Python int would make the compiler specialise the
+decoder layer for every layer, and any number of models can live in one process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from engine.errors import UnsupportedModelError
+from engine.interfaces import AttentionBackend, AttentionSpec, KVCache, Plan, Platform
+from engine.model.probe import NUM_TOKENS, AttentionCall, Observations, Visibility
+
+IMPLEMENTATION = "engine"
+"""The name under which Transformers finds `engine_attention`. No mask is built for it."""
+
+NEUTRAL_KWARGS = frozenset(
+    [
+        "dropout",
+        "position_ids",
+        "position_embeddings",
+        "use_cache",
+        "cache_position",
+        "past_key_values",
+        "layer_idx",
+        "training",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "num_items_in_batch",
+    ]
+)
+"""What modelling code hands to every attention function and what changes nothing about the result."""
+
+MEANINGFUL_KWARGS = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "alibi_slopes", "is_causal"})
+"""What the engine's attention acts upon. Anything else that is not None is refused when the model is loaded."""
+
+
+class StepContext:
+    """What attention reads besides its arguments: one per model, filled before each step.
+
+    Without plans (as after construction) attention writes zeros, which serves to measure memory before a cache exists.
+    """
+
+    def __init__(self) -> None:
+        self.plans: Sequence[Plan] | None = None
+
+    def set_plans(self, plans: Sequence[Plan] | None) -> None:
+        """The step's plans, in the order that `AttentionLayer.bind` counts."""
+        self.plans = plans
+
+
+class AttentionLayer:
+    """One attention layer of a model.
+
+    Attributes:
+        name: of its module in the model.
+        spec: what it computes.
+        backend: the platform's; layers of one specification share one.
+        shares_kv_with: the layer whose keys and values it reads; it has no cache of its own then.
+        handle: int64 [], on the host; what the op finds the layer by.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: AttentionSpec,
+        backend: AttentionBackend,
+        context: StepContext,
+        owner: AttentionLayer | None = None,
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self.backend = backend
+        self.shares_kv_with = None if owner is None else owner.name
+        self._context = context
+        self._cache: KVCache = None
+        self._plan = 0
+        self._readers: list[AttentionLayer] = []
+        number = next(_numbers)
+        _layers[number] = self
+        self.handle = torch.tensor(number)
+        if owner is not None:
+            owner._readers.append(self)
+
+    def bind(self, cache: KVCache, plan: int) -> None:
+        """Give the layer, and those that read its keys and values, their cache and the index of their plan."""
+        for layer in (self, *self._readers):
+            layer._cache, layer._plan = cache, plan
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sinks: Tensor | None, slopes: Tensor | None) -> None:
+        """The op's body: see `AttentionBackend.forward`."""
+        plans = self._context.plans
+        if plans is None:
+            out.zero_()
+            return
+        reads = self.shares_kv_with is not None
+        self.backend.forward(
+            q,
+            None if reads else k,
+            None if reads else v,
+            self._cache,
+            plans[self._plan],
+            out,
+            sinks=sinks,
+            alibi_slopes=slopes,
+        )
+
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
+
+_library = torch.library.Library("engine", "FRAGMENT")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor handle, Tensor? sinks, Tensor? slopes, Tensor(a!) out) -> ()"
+)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, sinks: Tensor | None, slopes: Tensor | None, out: Tensor
+) -> None:
+    _layers[int(handle.item())].run(q, k, v, out, sinks, slopes)
+
+
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+torch.library.register_fake("engine::attention", lambda *args: None, lib=_library)
+
+
+def engine_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as Transformers calls it, on the flattened tokens of a step.
+
+    Args:
+        module: the attention module, which carries the layer's handle.
+        query, key, value: [1, H, N, D], [1, K, N, D] and [1, K, N, E].
+        attention_mask: None: what a token sees follows from the specification and the step's plan.
+        kwargs: as seen when the model was loaded, where everything unknown was refused.
+
+    Returns:
+        [1, N, H, E], and None in place of the weights.
+    """
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
+    handle = module.engine_handle
+    torch.ops.engine.attention(q, k, v, handle, kwargs.get("s_aux"), kwargs.get("alibi_slopes"), out)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, engine_attention)
+
+
+def attach(
+    model: nn.Module, seen: Observations, platform: Platform, kv_dtype: torch.dtype, context: StepContext
+) -> dict[str, AttentionLayer]:
+    """Make the attention modules of `model` call the platform's backends, as a probe saw that they need it.
+
+    Returns the layers by name, in the order in which they run. Raises `UnsupportedModelError` for what a specification
+    cannot express, and `UnsupportedCapability` for what the platform does not have.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    backends: dict[AttentionSpec, AttentionBackend] = {}
+    layers: dict[str, AttentionLayer] = {}
+    owners: dict[tuple[int, int], AttentionLayer] = {}
+    for call in seen.attention:
+        name = names[call.module]
+        if name in layers:
+            raise UnsupportedModelError(f"{name} runs several times in a pass, and has only one KV cache")
+        try:
+            spec = specify(call, seen, kv_dtype)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{name} {error}") from None
+        if spec not in backends:
+            backends[spec] = platform.attention(spec)
+        owner = owners.get((id(call.key), id(call.value)))
+        if owner is not None and owner.spec != spec:
+            raise UnsupportedModelError(f"{name} reads the KV cache of {owner.name}, which has another specification")
+        layers[name] = layer = AttentionLayer(name, spec, backends[spec], context, owner)
+        owners.setdefault((id(call.key), id(call.value)), layer)
+        call.module.engine_handle = layer.handle
+    return layers
+
+
+def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> AttentionSpec:
+    """What a call computes; raises `UnsupportedModelError` with the end of a sentence that the layer's name begins."""
+    if strange := sorted(set(call.kwargs) - NEUTRAL_KWARGS - MEANINGFUL_KWARGS):
+        raise UnsupportedModelError(f"passes {', '.join(strange)} to attention, which is not built yet")
+    _, num_heads, num_tokens, head_dim = call.query.shape
+    _, num_kv_heads, num_keys, _ = call.key.shape
+    if (num_tokens, num_keys) != (NUM_TOKENS, NUM_TOKENS):
+        raise UnsupportedModelError("attends to something else than the sequence's own tokens, which is not built yet")
+    visibility: Visibility | None
+    if call.mask is not None:
+        visibility = seen.visibility(call.mask)
+    else:
+        causal = call.kwargs.get("is_causal", getattr(call.module, "is_causal", True))
+        visibility = Visibility(window=call.kwargs.get("sliding_window"), causal=causal)
+    if visibility is None:
+        raise UnsupportedModelError("has a mask or bias that is none of causal, sliding window and chunked")
+    if not visibility.causal:
+        raise UnsupportedModelError("attends to later tokens, which generation cannot")
+    sinks = call.kwargs.get("s_aux")
+    return AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=call.value.shape[3],
+        scale=float(call.kwargs.get("scaling", head_dim**-0.5)),
+        dtype=call.query.dtype,
+        kv_dtype=kv_dtype,
+        window=visibility.window,
+        chunk=visibility.chunk,
+        softcap=call.kwargs.get("softcap"),
+        sinks=sinks is not None,
+        alibi="alibi_slopes" in call.kwargs,
+    )

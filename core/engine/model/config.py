@@ -1,0 +1,125 @@
+"""What config.json and generation_config.json say, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to load, and how; the fields mean what `engine.config.EngineArgs` says.
+
+    Attributes:
+        folder: holds config.json and, unless `load_format` is ``"dummy"``, safetensors files.
+    """
+
+    folder: Path
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+def read_config(source: ModelSource) -> PreTrainedConfig:
+    """The configuration with the overrides applied; reads the folder only, never a hub.
+
+    Raises `CheckpointError` where the files are missing or wrong, and `UnsupportedModelError` for a model type that the
+    installed Transformers does not have.
+    """
+    raw = _read_json(source.folder, "config.json")
+    if raw is None:
+        there = "has no config.json" if source.folder.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{source.folder} {there}; give the folder of a model in Hugging Face's format (config.json, *.safetensors)"
+        )
+    if (quantization := raw.get("quantization_config")) is not None:
+        method = quantization.get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"{source.folder} holds weights quantised with {method!r}, which is not built yet; use the original checkpoint"
+        )
+    trusted = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(source.folder, **trusted)
+        if source.hf_overrides:
+            config = type(config).from_dict(_merge(raw, source.hf_overrides))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
+        if "auto_map" in raw and not source.trust_remote_code:
+            raise ConfigError(
+                f"{source.folder} brings its own Python code; set trust_remote_code if you trust it"
+            ) from error
+        if "model_type" in raw and raw["model_type"] not in transformers.CONFIG_MAPPING:
+            raise UnsupportedModelError(
+                f"model type {raw['model_type']!r} is unknown to Transformers {transformers.__version__}; a newer "
+                "Transformers may have it"
+            ) from error
+        raise CheckpointError(f"{source.folder / 'config.json'} is not a valid configuration: {error}") from error
+    return config
+
+
+def resolve_dtype(requested: str, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights: as `requested`, or for ``"auto"`` the checkpoint's own, fp32 if it names none."""
+    if requested != "auto":
+        if requested not in DTYPES:
+            raise ConfigError(f"dtype {requested!r} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[requested]
+    own = config.dtype or config.get_text_config().dtype or torch.float32
+    dtype = DTYPES.get(own) if isinstance(own, str) else own
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"the checkpoint's dtype is {own}; choose one of {', '.join(DTYPES)} with dtype")
+    return dtype
+
+
+def max_model_len(config: PreTrainedConfig) -> int | None:
+    """Most tokens of a sequence that the model was made for; None where the configuration sets no limit."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(limit := getattr(text, name, None), int) and limit > 0:
+            return limit
+    return None
+
+
+def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """The tokens that end a text: those of generation_config.json, else those of config.json."""
+    for ids in (generation_defaults(folder).get("eos_token_id"), config.get_text_config().eos_token_id):
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    return ()
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """The content of generation_config.json; empty where there is none."""
+    return _read_json(folder, "generation_config.json") or {}
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error}; download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / name} does not hold a JSON object; download it again")
+    return content
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in top.items():
+        below = merged.get(name)
+        merged[name] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

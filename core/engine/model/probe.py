@@ -1,0 +1,212 @@
+"""A forward pass on `meta` tensors: what a model does, seen rather than guessed from its configuration.
+
+The pass costs no memory and no arithmetic. It records every call of an attention function, with the mask that the model
+made for it, and the input of every linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from engine.errors import UnsupportedModelError
+
+IMPLEMENTATION = "engine_probe"
+"""The name under which Transformers finds the recording attention, mask and experts functions."""
+
+NUM_TOKENS = 7
+"""Tokens of the pass: no size of a model is likely to equal it."""
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Transformers' mask functions: (batch, head, query position, key position) -> whether it is seen."""
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees; see `engine.interfaces.AttentionSpec`."""
+
+    window: int | None = None
+    chunk: int | None = None
+    causal: bool = True
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether `key` positions are seen by `query` positions (int64, broadcast)."""
+        seen = key <= query if self.causal else torch.ones_like(key <= query)
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        if self.chunk is not None:
+            seen = seen & (key // self.chunk == query // self.chunk)
+        return seen
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention function.
+
+    Attributes:
+        module: the attention module.
+        query, key, value: meta tensors [1, H, N, D], [1, K, N, D], [1, K, N, E].
+        mask: what the model passed as its mask.
+        kwargs: the other arguments that are not None.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Observations:
+    """What the pass saw.
+
+    Attributes:
+        attention: calls in order.
+        linears: for each linear layer, its inputs in order, each with the version it had.
+        experts: for each layer of experts, how many a token goes to.
+        vocab_size: V of the logits [1, N, V].
+    """
+
+    attention: list[AttentionCall] = field(default_factory=list)
+    linears: dict[nn.Module, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    experts: dict[nn.Module, int] = field(default_factory=dict)
+    vocab_size: int = 0
+    masks: list[tuple[Tensor, MaskFunction, int | None]] = field(default_factory=list)
+
+    def visibility(self, mask: Tensor) -> Visibility | None:
+        """What `mask`, given to a call, lets queries see; None if no mask function that we know made it."""
+        base = mask if mask._base is None else mask._base
+        for made, function, local_size in self.masks:
+            if made is base and made.shape == mask.shape:
+                return recognise(function, local_size)
+        return None
+
+
+_observing: ContextVar[Observations] = ContextVar("observing")
+
+
+def observe(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Observations:
+    """Run `model`, whose parameters and buffers are on `meta`, once over `NUM_TOKENS` tokens.
+
+    Args:
+        model: it and its parts must use the implementation `IMPLEMENTATION`.
+        arguments: of the model's forward, besides ``input_ids``; tensors among them on `meta`.
+
+    Raises `UnsupportedModelError` where the model's code cannot run without data.
+    """
+    seen = Observations()
+    token = _observing.set(seen)
+
+    def record(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.linears.setdefault(linear, []).append((inputs[0], inputs[0]._version))
+
+    try:
+        with ExitStack() as stack:
+            for module in model.modules():
+                if type(module) is nn.Linear:
+                    stack.callback(module.register_forward_pre_hook(record).remove)
+            for context in (torch.no_grad(), torch.device("meta"), _WithoutData()):
+                stack.enter_context(context)
+            ids = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
+            output = model(input_ids=ids, **arguments)
+        seen.vocab_size = output.logits.shape[-1]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be run without data, so its attention cannot be examined: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        _observing.reset(token)
+    return seen
+
+
+class _WithoutData(TorchDispatchMode):
+    """Answers what depends on data: every scalar is 1 or true, nothing is found where something is searched."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1
+        if func is torch.ops.aten.nonzero.default and args[0].is_meta:
+            return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
+
+
+def _record_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    given = {name: argument for name, argument in kwargs.items() if argument is not None}
+    _observing.get().attention.append(AttentionCall(module, query, key, value, attention_mask, given))
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _record_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    local_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> Tensor:
+    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype)
+    _observing.get().masks.append((mask, mask_function, local_size))
+    return mask
+
+
+def _record_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    _observing.get().experts[module] = top_k_index.shape[-1]
+    return torch.empty_like(hidden_states)
+
+
+AttentionInterface.register(IMPLEMENTATION, _record_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _record_mask)
+ExpertsInterface.register(IMPLEMENTATION, _record_experts)
+
+
+def recognise(function: MaskFunction, local_size: int | None) -> Visibility | None:
+    """The visibility that `function` describes, found by evaluating it; None if it is none of those that we know.
+
+    Args:
+        function: Transformers' mask function.
+        local_size: the size of its window or chunk, where Transformers says it.
+    """
+    size = local_size or 1024
+    points = sorted({max(0, n * size + i) for n in range(4) for i in (-2, -1, 0, 1, 2)} | set(range(8)))
+    query, key = torch.tensor(points)[:, None], torch.tensor(points)[None]
+    zero = torch.zeros((), dtype=torch.int64)
+    try:
+        seen = torch.broadcast_to(_with_zeros(function)(zero, zero, query, key), (len(points),) * 2)
+    except (IndexError, RuntimeError):
+        return None
+    choices = [Visibility(), Visibility(causal=False)]
+    if local_size is not None:
+        choices += [Visibility(window=local_size), Visibility(chunk=local_size)]
+    return next((choice for choice in choices if torch.equal(choice(query, key), seen)), None)
+
+
+def _with_zeros(function: Any) -> Any:
+    """`function` with zeros for the meta tensors that it closes over: no padding, no offset."""
+    if isinstance(function, Tensor):
+        return torch.zeros(function.shape, dtype=function.dtype) if function.is_meta else function
+    if isinstance(function, tuple):
+        return tuple(map(_with_zeros, function))
+    if not isinstance(function, FunctionType) or function.__closure__ is None:
+        return function
+    cells = tuple(CellType(_with_zeros(cell.cell_contents)) for cell in function.__closure__)
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)

@@ -1,0 +1,56 @@
+"""Capture and replay through `torch.accelerator.Graph`, which torch has from 2.13 on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from engine.interfaces import Device, Graph, GraphRuntime
+
+
+class TorchGraph(Graph):
+    """A captured graph of torch's: `torch.accelerator.Graph`, or an older class with the same methods."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        """See `Graph.replay`."""
+        self._graph.replay()
+
+
+class TorchGraphs(GraphRuntime):
+    """Captures on a side stream; all graphs share the first one's memory pool."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether this torch has graphs for its accelerator. Initialises the device."""
+        try:
+            torch.accelerator.Graph()
+        except (AttributeError, RuntimeError):
+            return False
+        return True
+
+    def _begin(self, pool: Any) -> Any:
+        """Start capturing on the current stream, into `pool` if given; returns the graph."""
+        graph = torch.accelerator.Graph(pool=pool)
+        graph.capture_begin()
+        return graph
+
+    def capture(self, launch: Callable[[], None]) -> Graph:
+        """See `GraphRuntime.capture`."""
+        self._device.synchronize()
+        with self._device.side_stream():
+            graph = self._begin(self._pool)
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+        if self._pool is None:
+            self._pool = graph.pool()
+        return TorchGraph(graph)
