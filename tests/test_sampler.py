@@ -91,15 +91,15 @@ def edited(logits: Floats, req: CoreRequest, output: Sequence[int]) -> Floats:
 def probabilities(x: Floats, temperature: float, min_p: float, top_k: int, top_p: float, *, ties: bool) -> Floats:
     """After all filters; with `ties`, tokens as likely as the last one kept stay too. Rejects knife-edge cases."""
     p = np.exp((x - x.max()) / temperature)
-    assume(bool((np.abs(p - min_p) > 1e-5).all()) or min_p in (0, 1))
+    assume(bool((np.abs(p - min_p) > 1e-6).all()) or min_p in (0, 1))
     p[p < min_p] = 0
     order = np.argsort(-x, kind="stable")
     keep = order[:top_k]
     p[[v for v in range(len(x)) if v not in keep and not (ties and x[v] == x[keep[-1]])]] = 0
     p /= p.sum()
-    mass, kept = 0.0, []
+    mass, kept = 0.0, list[int]()
     for v in order:
-        assume(abs(mass - top_p) > 1e-5 or top_p == 1)
+        assume(abs(mass - top_p) > 1e-6 or top_p == 1)
         if kept and mass >= top_p:
             break
         kept.append(v)
@@ -110,11 +110,11 @@ def probabilities(x: Floats, temperature: float, min_p: float, top_k: int, top_p
 
 
 def drawn_shares(x: Floats, temperature: float, min_p: float, top_k: int, top_p: float, *, among: bool) -> Floats:
-    """How often each token is drawn when the uniform number takes 4096 evenly spaced values: exact to 1/4096."""
-    num = 4096
+    """How often each token is drawn when the uniform number takes 512 evenly spaced values: exact to 2/512."""
+    num = 512
     column = torch.ones(num, 1)
     filters = Filters(
-        u=(torch.arange(num) << (UNIT_BITS - 12))[:, None],
+        u=(torch.arange(num) << (UNIT_BITS - 9))[:, None],
         top_k=column.long() * top_k,
         top_p=column.long() * round(top_p * 2**UNIT_BITS),
         temperature=column * temperature,
@@ -163,7 +163,7 @@ def test_philox_gives_the_published_vectors(
 
 def test_uniform_numbers_are_uniform_over_seeds_and_over_positions() -> None:
     many = np.arange(200_000)
-    for seeds, positions in ((many, many * 0 + 7), (many * 0 + 2**63, many)):
+    for seeds, positions in ((many, many * 0 + 7), (many * 0 + 2**40, many)):
         units = uniform(seeds.astype(np.uint64), positions)
         assert 0 <= units.min() < units.max() < 2**UNIT_BITS
         assert g_test(units >> (UNIT_BITS - 8), np.full(256, 1 / 256)) > 1e-6
@@ -190,7 +190,7 @@ def test_each_filter_keeps_what_the_reference_keeps(
     top_k = min(top_k, len(x))
     expected = probabilities(x, temperature, min_p, top_k, top_p, ties=not among)
     shares = drawn_shares(x, temperature, min_p, top_k, top_p, among=among)
-    assert np.abs(shares - expected).max() < 2 / 4096
+    assert np.abs(shares - expected).max() < 2 / 512
     assert (shares[expected == 0] == 0).all()
 
 
@@ -201,7 +201,7 @@ def test_wide_vocabularies(vocab: int, top_k: int, top_p: float) -> None:
     top_k = min(top_k or vocab, vocab)
     expected = probabilities(x, 1.0, 0.0, top_k, top_p, ties=False)  # distinct values: no ties
     shares = drawn_shares(x, 1.0, 0.0, top_k, top_p, among=top_k == 40)
-    assert np.abs(shares - expected).max() < 2 / 4096
+    assert np.abs(shares - expected).max() < 2 / 512
     assert (shares[expected == 0] == 0).all()
 
 
@@ -260,8 +260,8 @@ def test_edits_and_penalties_follow_the_reference(data: st.DataObject) -> None:
         logits_processors=data.draw(st.sampled_from([None, [lambda out, x: x * (1 + 0.01 * len(out))]])),
     )
     expected = edited(logits, req, output)
-    best = np.sort(expected)[-2:]
-    assume(best[1] - best[0] > 1e-4 or best[1] == -math.inf)
+    best = expected.max()
+    assume(best == -math.inf or (best - expected < 1e-4).sum() == 1)
     assert one(logits.tolist(), req, output) == int(expected.argmax())
 
 
@@ -314,7 +314,7 @@ ROW_PARAMS: list[dict[str, Any]] = [
     {"top_k": 1},
     {"repetition_penalty": 1.4, "frequency_penalty": 0.3, "presence_penalty": -0.2, "temperature": 1.3},
     {"allowed_token_ids": list(range(100, 400)), "top_p": 0.9},
-    {"logit_bias": {3: 5.0, 1999: 7.0}, "min_tokens": 100, "stop_token_ids": [3]},
+    {"logit_bias": {3: 5.0, 1999: 7.0}, "min_tokens": 16, "stop_token_ids": [3]},
     {"logprobs": 4, "top_k": 30},
 ]
 
@@ -441,8 +441,8 @@ def test_ranks_of_ties_are_the_best_and_masked_tokens_have_minus_infinity() -> N
 
 
 def test_greedy_takes_the_lowest_of_equal_logits() -> None:
-    for params in ({"temperature": 0}, {"top_k": 1}):
-        assert one([1.0, 3.0, 3.0, 2.0], request(**params)) == 1
+    assert one([1.0, 3.0, 3.0, 2.0], request(temperature=0)) == 1
+    assert one([1.0, 3.0, 3.0, 2.0], request(top_k=1)) == 1
     for n in (7, 1000, 152_064):
         assert one(torch.zeros(n), request(temperature=0)) == 0
 
@@ -481,8 +481,8 @@ def test_extreme_temperatures() -> None:
 
 
 def test_a_vocabulary_of_one_and_filters_wider_than_the_vocabulary() -> None:
-    for params in ({}, {"top_k": 5}, {"top_p": 1e-9}, {"min_p": 1.0}):
-        assert one([0.5], request(**params)) == 0
+    alone: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 1e-9}, {"min_p": 1.0}]
+    assert [one([0.5], request(**params)) for params in alone] == [0] * 4
     many = [one([0.0, 1.0, 2.0], request(seed=s, top_k=3)) for s in range(40)]
     assert many == [one([0.0, 1.0, 2.0], request(seed=s)) for s in range(40)]
     assert {one([0.0, 1.0, 2.0], request(seed=s, top_p=1e-9)) for s in range(40)} == {2}

@@ -108,6 +108,6 @@ def discover(group: str) -> tuple[Plugin, ...]:
 def _origin(entry: importlib_metadata.EntryPoint) -> tuple[str, str]:
     try:
         return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown distribution", "")
-    except importlib_metadata.MetadataNotFound:
+    except FileNotFoundError:
         # What an interrupted (un)installation leaves behind.
         return "unknown distribution", "without metadata"

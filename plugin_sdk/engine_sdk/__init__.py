@@ -44,7 +44,6 @@ from engine.interfaces import (
     QuantScheme,
     Verdict,
 )
-
 from engine_sdk.attention import TorchAttention
 from engine_sdk.communicator import COLLECTIVES, TorchCommunicator
 from engine_sdk.device import HostEvent, TorchDevice
@@ -57,13 +56,14 @@ from engine_sdk.platform import TorchPlatform, require_attention
 __all__ = [
     "ANY",
     "ATTENTION_FEATURES",
+    "COLLECTIVES",
+    "CONTRACT",
+    "OK",
     "AttentionBackend",
     "AttentionBatch",
     "AttentionFeature",
     "AttentionSpec",
     "BlockLayout",
-    "COLLECTIVES",
-    "CONTRACT",
     "Capabilities",
     "Communicator",
     "CommunicatorError",
@@ -90,7 +90,6 @@ __all__ = [
     "MemoryInfo",
     "MemoryManager",
     "Needs",
-    "OK",
     "OpSet",
     "OutOfMemoryError",
     "PagedCache",

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from engine.errors import UnsupportedCapability
 from engine.interfaces import (
     ATTENTION_FEATURES,
@@ -30,8 +32,6 @@ from engine.interfaces import (
     Plan,
     Verdict,
 )
-from torch import Tensor
-
 from engine_sdk.layout import BlockLayout, PagedCache, TokenMajor
 
 # Bytes of keys and values that a decode tile gathers: on a host they should stay in its caches.
@@ -124,7 +124,7 @@ class TorchAttention(AttentionBackend):
 
     @classmethod
     def supports(cls, spec: AttentionSpec) -> Verdict:
-        """Everything, except a window or a chunk around queries that see the future: the contract does not define it."""
+        """Everything, but a window or a chunk around queries that see the future, which the contract leaves open."""
         if not spec.causal and (spec.window is not None or spec.chunk is not None):
             return Verdict.no("a window or chunk without a causal mask is not defined; drop one of them")
         return super().supports(spec)
@@ -251,8 +251,11 @@ class TorchAttention(AttentionBackend):
 
     def _decode(self, q: Tensor, cache: PagedCache, tile: _Decode, extras: _Extras) -> tuple[Tensor, Tensor | None]:
         spec, num = self.spec, tile.rows.shape[0]
-        keys = self._keys.gather(cache.keys, tile.blocks).unflatten(0, (num, -1))[:, tile.begin : tile.end]
-        values = self._values.gather(cache.values, tile.blocks).unflatten(0, (num, -1))[:, tile.begin : tile.end]
+        used = slice(tile.begin, tile.end)
+        keys = self._keys.gather(cache.keys, tile.blocks).view(num, -1, spec.num_kv_heads, spec.head_dim)[:, used]
+        values = self._values.gather(cache.values, tile.blocks).view(num, -1, spec.num_kv_heads, spec.v_head_dim)[
+            :, used
+        ]
         visible = tile.visible
         if visible is not None:
             for part in (slice(0, tile.full_begin), slice(tile.full_end, None)):
@@ -282,6 +285,7 @@ class TorchAttention(AttentionBackend):
         lse: Tensor | None,
     ) -> None:
         spec = self.spec
+        group = spec.num_heads // spec.num_kv_heads
         end = request.slices[-1].end
         if k is not None and v is not None and request.slices[0].low >= request.start and spec.kv_dtype == spec.dtype:
             # All that the queries see was made in this step.
@@ -302,7 +306,7 @@ class TorchAttention(AttentionBackend):
                     visible = ((keys_at <= at) & (keys_at >= _low(spec, at)))[None]
                 distance = (keys_at - at)[None] if spec.alibi else None
             attended, logsum = self._attend(
-                q[rows].unflatten(1, (spec.num_kv_heads, -1)).permute(1, 2, 0, 3)[None],
+                q[rows].view(-1, spec.num_kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)[None],
                 keys[None, seen].transpose(1, 2),
                 values[None, seen].transpose(1, 2),
                 extras,
@@ -310,7 +314,7 @@ class TorchAttention(AttentionBackend):
                 distance=distance,
                 triangular=part.triangular,
             )
-            out[rows].unflatten(1, (spec.num_kv_heads, -1)).copy_(attended[0].permute(2, 0, 1, 3))
+            out[rows].view(-1, spec.num_kv_heads, group, spec.v_head_dim).copy_(attended[0].permute(2, 0, 1, 3))
             if lse is not None and logsum is not None:
                 lse[rows] = logsum[0].flatten(0, 1).T
 
@@ -356,7 +360,7 @@ class TorchAttention(AttentionBackend):
     ) -> tuple[Tensor, Tensor | None]:
         spec = self.spec
         scores = (q.flatten(2, 3).float() * spec.scale) @ k.float().transpose(-1, -2)
-        scores = scores.unflatten(2, q.shape[2:4])  # [b, K, G, T, L]
+        scores = scores.view(*q.shape[:4], -1)  # [b, K, G, T, L]
         per_head = (spec.num_kv_heads, -1, 1, 1)
         if spec.softcap is not None:
             scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
@@ -368,7 +372,7 @@ class TorchAttention(AttentionBackend):
         if extras.sinks is not None:
             lse = torch.logaddexp(lse, extras.sinks.float().view(per_head))
         weights = scores.sub_(lse).exp_()
-        attended = (weights.flatten(2, 3) @ v.float()).unflatten(2, q.shape[2:4])
+        attended = (weights.flatten(2, 3) @ v.float()).view(*q.shape[:4], -1)
         return attended.to(q.dtype), lse.squeeze(-1)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from engine.errors import CommunicatorError
 from engine.interfaces import Communicator, GroupSpec
-from torch import Tensor
 
 COLLECTIVES = frozenset(
     ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive", "barrier")
@@ -49,7 +50,7 @@ class TorchCommunicator(Communicator):
                 f"group {group.role} has {self.size} ranks, and torch.distributed is not initialised: "
                 "start the processes through an executor, or call torch.distributed.init_process_group first"
             )
-        ordered = {} if list(group.ranks) == sorted(group.ranks) else {"sort_ranks": False}
+        ordered: Any = {} if list(group.ranks) == sorted(group.ranks) else {"sort_ranks": False}
         with self._running("creation"):
             self._pg = dist.new_group(
                 list(group.ranks),

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from engine.interfaces import Device, Event, MemoryInfo
 from torch import Tensor
 
+from engine.interfaces import Device, Event, MemoryInfo
 from engine_sdk.memory import host_memory
 
 

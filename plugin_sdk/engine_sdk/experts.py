@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights
 from torch import Tensor
+
+from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights
 
 
 class TorchExperts(ExpertsMethod):
@@ -39,10 +40,13 @@ class TorchExperts(ExpertsMethod):
     def _hit(self, x: Tensor, expert_ids: Tensor, weights: ExpertWeights) -> Tensor:
         flat = expert_ids.flatten()
         order = flat.argsort(stable=True)
-        hit, counts = flat[order].unique_consecutive(return_counts=True)
+        counts = flat.clamp(max=self.spec.num_experts).bincount(minlength=self.spec.num_experts)
         rows = x.new_zeros(flat.shape[0], x.shape[1])
-        for expert, assigned in zip(hit.tolist(), order.split(counts.tolist()), strict=True):
-            if expert < self.spec.num_experts:
+        start = 0
+        for expert, count in enumerate(counts.tolist()[: self.spec.num_experts]):
+            if count:
+                assigned = order[start : start + count]
+                start += count
                 rows[assigned] = self._expert(x[assigned // expert_ids.shape[1]], expert, weights)
         return rows.view(*expert_ids.shape, -1)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from engine.interfaces import Device, Graph, GraphRuntime
 
 

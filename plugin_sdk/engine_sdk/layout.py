@@ -12,8 +12,9 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
-from engine.interfaces import KVCache, KVLayout
 from torch import Tensor
+
+from engine.interfaces import KVCache, KVLayout
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ class TokenMajor(BlockLayout):
     """[B, K, D] then [B, K, E] a block: a token is written in one piece and a block is gathered in one piece."""
 
     def _canonical(self, blocks: Tensor, dim: int) -> Tensor:
-        return blocks.unflatten(1, (self.block_size, self.num_kv_heads, dim))
+        return blocks.view(-1, self.block_size, self.num_kv_heads, dim)
 
 
 class HeadMajor(BlockLayout):
     """[K, B, D] then [K, B, E] a block: a kernel that works head by head reads memory in order."""
 
     def _canonical(self, blocks: Tensor, dim: int) -> Tensor:
-        return blocks.unflatten(1, (self.num_kv_heads, self.block_size, dim)).transpose(1, 2)
+        return blocks.view(-1, self.num_kv_heads, self.block_size, dim).transpose(1, 2)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
 from engine.interfaces import Device, MemoryInfo, MemoryManager
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+
 from engine.errors import UnsupportedCapability
 from engine.interfaces import (
     AttentionBackend,
@@ -30,7 +31,6 @@ from engine.interfaces import (
     Probe,
     QuantScheme,
 )
-
 from engine_sdk.attention import TorchAttention
 from engine_sdk.communicator import COLLECTIVES, TorchCommunicator
 from engine_sdk.device import TorchDevice

@@ -31,6 +31,7 @@ _VARIABLES = re.compile(
     r"(ENGINE|TORCH|PYTORCH|TRITON|HF|TRANSFORMERS|TOKENIZERS|OMP|KMP|GOMP|MKL|OPENBLAS|NCCL|GLOO|MASTER)_.*"
     r"|TORCHINDUCTOR_.*|.*_VISIBLE_DEVICES|WORLD_SIZE|RANK|LOCAL_RANK|PYTHONPATH|LD_LIBRARY_PATH|LD_PRELOAD|TMPDIR"
 )
+_CGROUPS = Path("/sys/fs/cgroup")
 _SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 
 
@@ -112,12 +113,12 @@ def _environment() -> dict[str, object]:
 
 
 def _plugins() -> dict[str, object]:
-    chosen, why = selection()
+    chosen, problem = selection()
     platforms = {
         f"platform {p['name']}": f"{p['distribution']} {p['version']}, {p['status']}\n{p['reason']}" for p in survey()
     }
     hooks = {f"hooks {p.name}": f"{p.distribution} {p.version}, {_hook_status(p)}" for p in discover(HOOKS)}
-    return {"by default": chosen or why, **platforms, **hooks}
+    return {"by default": chosen or problem.partition("\n")[0], **platforms, **hooks}
 
 
 def _caches() -> dict[str, object]:
@@ -162,13 +163,17 @@ def _read(path: str | Path) -> str:
 
 def _cgroup(name: str) -> Iterator[str]:
     """What the process's control group (version 2) and the groups around it say; the tightest counts."""
-    path = re.search(r"^0::/(.*)$", _read("/proc/self/cgroup"), re.MULTILINE)
-    group = Path("/sys/fs/cgroup", path[1] if path else "")
-    yield from (_read(g / name).strip() for g in (group, *group.parents) if g.is_relative_to("/sys/fs/cgroup"))
+    group = _CGROUPS / _own_cgroup()
+    yield from (_read(g / name).strip() for g in (group, *group.parents) if g.is_relative_to(_CGROUPS))
+
+
+def _own_cgroup() -> str:
+    found = re.search(r"^0::/(.*)$", _read("/proc/self/cgroup"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _memory_limit() -> str:
-    texts = [*_cgroup("memory.max"), _read("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()]
+    texts = [*_cgroup("memory.max"), _read(_CGROUPS / "memory/memory.limit_in_bytes").strip()]
     # Version 1 writes "no limit" as the largest number of pages.
     limits = [int(t) for t in texts if t.isdigit() and int(t) < 1 << 60]
     return size(min(limits)) if limits else "none"
@@ -176,7 +181,7 @@ def _memory_limit() -> str:
 
 def _cpu_limit() -> str:
     shares = [int(q) / int(p) for q, p in (t.split() for t in _cgroup("cpu.max") if " " in t) if q != "max"]
-    quota = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip()
+    quota = _read(_CGROUPS / "cpu/cpu.cfs_quota_us").strip()
     if quota.isdigit():
-        shares.append(int(quota) / int(_read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")))
+        shares.append(int(quota) / int(_read(_CGROUPS / "cpu/cpu.cfs_period_us")))
     return f"{min(shares):g} CPUs" if shares else "none"

@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     for p in platforms:
         if p["capabilities"] is not None:
             print(f"\n{p['name']} can\n" + fields({k.replace("_", " "): v for k, v in p["capabilities"].items()}))
-    print("\n" + (f"Unless another is chosen, {selected} runs." if selected else paragraph(problem)))
+    if not selected and (broken := [p["name"] for p in platforms if p["status"] == "broken"]):
+        problem = f"{', '.join(broken)} must be mended or uninstalled"
+    print("\n" + paragraph(f"Unless another is chosen, {selected} runs." if selected else f"None runs: {problem}"))
     return 0
 
 

@@ -26,7 +26,14 @@ def paragraph(text: str, opening: str = "") -> str:
     columns = min(shutil.get_terminal_size((80, 24)).columns, 100)
     blank = " " * len(opening)
     wrapped = [
-        textwrap.fill(line, columns, initial_indent=blank, subsequent_indent=blank, break_long_words=False)
+        textwrap.fill(
+            line,
+            columns,
+            initial_indent=blank,
+            subsequent_indent=blank,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         for line in text.splitlines()
     ]
     return (opening + "\n".join(wrapped)[len(opening) :]).rstrip()

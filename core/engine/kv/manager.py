@@ -168,7 +168,8 @@ class KVCacheManager:
 
     def usage(self) -> float:
         """Share of the pages that sequences hold."""
-        return 1 - self.allocator.num_free / max(1, self.allocator.num_usable)
+        usable = self.allocator.num_usable
+        return (usable - self.allocator.num_free) / max(1, usable)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks, as after a change of weights; refused (False) while a sequence holds any."""

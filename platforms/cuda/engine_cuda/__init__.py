@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import torch
+
 from engine_sdk import (
     CompilerOptions,
-    Device,
     DeviceInfo,
     ExpertsMethod,
     ExpertsSpec,
@@ -64,9 +64,6 @@ class CudaPlatform(TorchPlatform):
 
 class CudaGraphs(TorchGraphs):
     """CUDA graphs as every torch has them; before 2.13 there is no device-neutral class."""
-
-    def __init__(self, device: Device) -> None:
-        super().__init__(device)
 
     def _begin(self, pool: Any) -> Any:
         graph = torch.cuda.CUDAGraph()

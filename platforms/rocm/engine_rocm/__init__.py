@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from engine_sdk import CompilerOptions, DeviceInfo, Probe, TorchPlatform
 
 _TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
