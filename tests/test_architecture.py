@@ -1,89 +1,167 @@
-"""The rules of `docs/architecture.md`, read from the source: who may import whom, and what the core may name."""
+"""The rules of `docs/architecture.md`, read from the source: who may import whom, what the core may name, and its size.
+
+A rule is a function from all modules to what is wrong with them, so each is shown to find a planted violation.
+"""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
-import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ROOT / "core" / "engine"
-EXTENSIONS = CORE / "extensions"
-SDK = ROOT / "plugin_sdk" / "engine_sdk"
-PLATFORMS = sorted(path for path in ROOT.glob("platforms/*/engine_*") if path.is_dir())
-CONFORMANCE = ROOT / "conformance_tests" / "engine_conformance"
+Tree = Mapping[str, str]
+"""Module name to source; a package is its ``__init__``."""
 
-OURS = {path.name for path in (CORE, SDK, *PLATFORMS, CONFORMANCE)}
+PLATFORMS = {p.name for p in ROOT.glob("platforms/*/engine_*")}
+VENDORS = {p.parent.name for p in ROOT.glob("examples/engine-plugin-*/*/__init__.py")}
+OURS = {"engine", "engine_sdk", "engine_conformance", *PLATFORMS, *VENDORS}
 CONTRACT = ("engine.interfaces", "engine.errors")
-DEVICES = {"cuda", "is_cuda", "rocm", "hip", "npu", "xpu", "mps", "hpu", "tpu", "mtia", "privateuseone"}
-MAX_CORE_LINES = 6000
-BESIDE_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+STANDARD = tuple(sys.stdlib_module_names)
+
+DEVICES = {"cuda", "rocm", "hip", "gpu", "npu", "mlu", "musa", "xpu", "hpu", "tpu", "mps", "mtia", "privateuseone"}
+NO_DEVICE = {"gpu_memory_utilization"}  # an option that users know by this name
+
 TORCH_FREE = (
-    *("engine", "engine.cli", "engine.config", "engine.errors", "engine.request", "engine.step", "engine.scheduler"),
+    *("engine.request", "engine.step", "engine.config", "engine.errors", "engine.info", "engine.scheduler"),
     *("engine.kv.spec", "engine.kv.allocator", "engine.kv.manager"),
 )
+STARTS_WITHOUT_TORCH = (*TORCH_FREE, "engine", "engine.cli", "engine.hooks", "engine.discovery", "engine.plugins")
+MAX_CORE_LINES = 6000
 
 
-def sources(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if folder == EXTENSIONS or EXTENSIONS not in path.parents)
+@cache
+def tree() -> Tree:
+    folders = [ROOT / "core/engine", ROOT / "plugin_sdk/engine_sdk", ROOT / "conformance_tests/engine_conformance"]
+    folders += [
+        *ROOT.glob("platforms/*/engine_*"),
+        *(p.parent for p in ROOT.glob("examples/engine-plugin-*/*/__init__.py")),
+    ]
+    return {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path.read_text()
+        for folder in folders
+        for path in folder.rglob("*.py")
+    }
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Modules that a file imports, at its top or inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+parse = cache(ast.parse)
 
 
-def within(module: str, allowed: tuple[str, ...]) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in allowed)
+def within(module: str, *packages: str) -> bool:
+    return any(module == p or module.startswith(f"{p}.") for p in packages)
 
 
-def wrong_imports(folder: Path, *allowed: str) -> list[str]:
-    """Imports of our own packages, other than the folder's own and those allowed."""
-    own = (*allowed, folder.name)
+def is_package(module: str, modules: Tree) -> bool:
+    return any(m.startswith(f"{module}.") for m in modules) or "." not in module
+
+
+def imports(module: str, modules: Tree, when: Literal["ever", "run", "load"] = "ever") -> Iterator[str]:
+    """What a module imports, as ``module.name``.
+
+    ``"run"`` leaves out what only type checkers see; ``"load"`` what functions import when they are called, too.
+    """
+    package = module if is_package(module, modules) else module.rpartition(".")[0]
+    waiting: list[ast.AST] = [parse(modules[module])]
+    while waiting:
+        node = waiting.pop()
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if when == "load":
+                continue
+            case ast.If(test=ast.Name("TYPE_CHECKING"), orelse=otherwise) if when != "ever":
+                waiting += otherwise
+                continue
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                base = importlib.util.resolve_name("." * level + (source or ""), package)
+                yield from (f"{base}.{alias.name}" for alias in names)
+            case ast.Call(
+                func=ast.Name("__import__") | ast.Name("import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(str(name)), *_],
+            ):
+                yield name
+        waiting += ast.iter_child_nodes(node)
+
+
+def outside(modules: Tree, package: str, *allowed: str, theirs: bool = True) -> list[str]:
+    """Imports of a package beyond itself and `allowed`; without `theirs`, only imports of our own packages count."""
     return [
-        f"{path.relative_to(ROOT)}: {module}"
-        for path in sources(folder)
-        for module in imports(path)
-        if module.split(".")[0] in OURS and not within(module, own)
+        f"{module} imports {target}"
+        for module in modules
+        if within(module, package)
+        for target in imports(module, modules)
+        if not within(target, package, *allowed) and (theirs or within(target, *OURS))
     ]
 
 
-def test_interfaces_import_torch_and_the_standard_library_only() -> None:
-    allowed = (*CONTRACT, "torch", *sys.stdlib_module_names)
-    found = [(path.name, m) for path in sources(CORE / "interfaces") for m in imports(path) if not within(m, allowed)]
-    assert not found
+def interfaces_import_torch_only(modules: Tree) -> list[str]:
+    return outside(modules, "engine.interfaces", *CONTRACT, "torch", *STANDARD)
 
 
-def test_errors_import_nothing() -> None:
-    assert set(imports(CORE / "errors.py")) == {"__future__.annotations"}
+def errors_import_nothing(modules: Tree) -> list[str]:
+    return outside(modules, "engine.errors", "__future__")
 
 
-def test_core_imports_no_platform_no_extension_and_no_kernels() -> None:
-    assert not wrong_imports(CORE)
-    outside = ("engine.extensions", "triton")
-    assert not [(path.name, module) for path in sources(CORE) for module in imports(path) if within(module, outside)]
+def some_modules_never_import_torch(modules: Tree) -> list[str]:
+    """Not even in a function, nor through what they import; what only type checkers see is no import."""
+    direct = [
+        f"{module} imports {target}"
+        for module in TORCH_FREE
+        for target in imports(module, modules, "run")
+        if within(target, "torch", "transformers")
+    ]
+    return direct + [found for module in STARTS_WITHOUT_TORCH for found in leads_to_torch(module, modules)]
 
 
-def test_sdk_imports_the_contract_only() -> None:
-    assert not wrong_imports(SDK, *CONTRACT)
+def leads_to_torch(start: str, modules: Tree) -> list[str]:
+    """The ways in which importing a module imports torch."""
+    chains, seen, found = [[start]], set(), []
+    while chains:
+        chain = chains.pop()
+        parts = chain[-1].split(".")
+        # Importing a module imports the packages around it; an imported name may be a module itself.
+        for module in (".".join(parts[:n]) for n in range(1, len(parts) + 1)):
+            if module in seen or module not in modules:
+                continue
+            seen.add(module)
+            for target in imports(module, modules, "load"):
+                if within(target, "torch", "transformers"):
+                    found.append(" imports ".join([*chain[:-1], module, target]))
+                elif within(target, "engine"):
+                    chains.append([*chain[:-1], module, target])
+    return found
 
 
-@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda path: path.name)
-def test_platforms_import_the_sdk_only(platform: Path) -> None:
-    assert not wrong_imports(platform, "engine_sdk")
+def core_imports_no_platform(modules: Tree) -> list[str]:
+    return outside(modules, "engine", theirs=False)
 
 
-def test_conformance_imports_no_platform() -> None:
-    assert not wrong_imports(CONFORMANCE, "engine", "engine_sdk")
+def core_imports_no_extension(modules: Tree) -> list[str]:
+    """And an extension only itself: each can be deleted."""
+    return [
+        f"{module} imports {target}"
+        for module in modules
+        if within(module, "engine")
+        for target in imports(module, modules)
+        if within(target, "engine.extensions") and target.split(".")[:3] != module.split(".")[:3]
+    ]
+
+
+def core_names_no_device(modules: Tree) -> list[str]:
+    found = []
+    for module in modules:
+        for node in ast.walk(parse(modules[module])) if within(module, "engine") else ():
+            name = named(node)
+            words = re.split(r"[\W_]", name.lower()) if re.fullmatch(r"[\w.]+(:\w*)?", name) else []
+            if DEVICES & set(words) and name not in NO_DEVICE:
+                found.append(f"{module}:{getattr(node, 'lineno', 0)} names {name}")
+    return found
 
 
 def named(node: ast.AST) -> str:
@@ -91,38 +169,125 @@ def named(node: ast.AST) -> str:
     match node:
         case ast.Constant(value=str(name)) | ast.Attribute(attr=name) | ast.Name(id=name) | ast.alias(name=name):
             return name
+        case ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.keyword(arg=str(name)):
+            return name
     return ""
 
 
-def test_core_names_no_device() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}: {named(node)}"
-        for path in sources(CORE)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if DEVICES & set(re.split("[.:]", named(node).lower()))
+def sdk_imports_the_contract_only(modules: Tree) -> list[str]:
+    return outside(modules, "engine_sdk", *CONTRACT, "torch", "triton", "pluggy", *STANDARD)
+
+
+def platforms_import_the_sdk_only(modules: Tree) -> list[str]:
+    ours = [found for p in PLATFORMS for found in outside(modules, p, "engine_sdk", "torch", "triton", *STANDARD)]
+    return ours + [found for p in VENDORS for found in outside(modules, p, "engine_sdk", theirs=False)]
+
+
+def conformance_imports_what_is_public(modules: Tree) -> list[str]:
+    """No platform, since it tests any; and nothing of the engine that begins with an underscore."""
+    private = [
+        f"{module} imports {target}"
+        for module in modules
+        if within(module, "engine_conformance")
+        for target in imports(module, modules)
+        if within(target, "engine", "engine_sdk") and re.search(r"\._(?!_)", target)
     ]
-    assert not found
+    return outside(modules, "engine_conformance", "engine", "engine_sdk", theirs=False) + private
 
 
-def test_torch_free_modules_import_no_torch() -> None:
-    """Hypothesis drives the scheduler and the KV manager in microseconds, and the command line starts at once."""
-    code = f"import sys, {', '.join(TORCH_FREE)}; sys.exit('torch' in sys.modules)"
+def core_stays_small(modules: Tree) -> list[str]:
+    core = [m for m in modules if within(m, "engine") and not within(m, "engine.extensions")]
+    lines = sum(len(modules[m].splitlines()) for m in core)
+    return [f"engine has {lines} lines, more than {MAX_CORE_LINES}"] if lines > MAX_CORE_LINES else []
+
+
+RULES: tuple[Callable[[Tree], list[str]], ...] = (
+    interfaces_import_torch_only,
+    errors_import_nothing,
+    some_modules_never_import_torch,
+    core_imports_no_platform,
+    core_imports_no_extension,
+    core_names_no_device,
+    sdk_imports_the_contract_only,
+    platforms_import_the_sdk_only,
+    conformance_imports_what_is_public,
+    core_stays_small,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule: Callable[[Tree], list[str]]) -> None:
+    assert rule(tree()) == []
+
+
+PLANTED = [
+    (interfaces_import_torch_only, "engine.interfaces.ops", "import numpy"),
+    (interfaces_import_torch_only, "engine.interfaces.ops", "from engine.config import EngineArgs"),
+    (interfaces_import_torch_only, "engine.interfaces", "def f():\n    from ..request import SamplingParams"),
+    (errors_import_nothing, "engine.errors", "import torch"),
+    (errors_import_nothing, "engine.errors", "from engine import request"),
+    (some_modules_never_import_torch, "engine.scheduler", "import torch.nn"),
+    (some_modules_never_import_torch, "engine.scheduler", "def f():\n    from torch import Tensor"),
+    (some_modules_never_import_torch, "engine.kv.manager", "try:\n    import transformers\nexcept ImportError: ..."),
+    (some_modules_never_import_torch, "engine.kv.spec", "from engine.interfaces import Platform"),
+    (some_modules_never_import_torch, "engine", "from engine.llm import LLM"),
+    (some_modules_never_import_torch, "engine.kv", "from engine.kv import pool"),
+    (some_modules_never_import_torch, "engine.cli", "from . import platforms\nfrom engine import contract"),
+    (core_imports_no_platform, "engine.runner", "import engine_cuda"),
+    (core_imports_no_platform, "engine.runner", "def f():\n    from engine_sdk import TorchPlatform"),
+    (core_imports_no_platform, "engine.cli.bench", "import_module('engine_cpu')"),
+    (core_imports_no_platform, "engine.extensions.lora", "from engine_conformance import tiny_models"),
+    (core_imports_no_extension, "engine.llm", "from engine.extensions.lora import Adapter"),
+    (core_imports_no_extension, "engine.cli", "import importlib\nimportlib.import_module('engine.extensions.server')"),
+    (core_imports_no_extension, "engine.extensions.lora", "from engine.extensions.grammar import mask"),
+    (core_names_no_device, "engine.runner", "x.cuda()"),
+    (core_names_no_device, "engine.runner", "torch.npu.synchronize()"),
+    (core_names_no_device, "engine.runner", "if x.is_cuda: ..."),
+    (core_names_no_device, "engine.runner", "device = 'cuda:0'"),
+    (core_names_no_device, "engine.runner", "device = f'xpu:{index}'"),
+    (core_names_no_device, "engine.runner", "name = platform.name == 'ROCM'"),
+    (core_names_no_device, "engine.runner", "from torch import cuda"),
+    (core_names_no_device, "engine.runner", "graph = capture_cuda_graph(pool, gpu=True)"),
+    (core_names_no_device, "engine.extensions.lora", "backend = 'hip'"),
+    (sdk_imports_the_contract_only, "engine_sdk.attention", "from engine.request import SamplingParams"),
+    (sdk_imports_the_contract_only, "engine_sdk", "import engine"),
+    (sdk_imports_the_contract_only, "engine_sdk", "import engine_cpu"),
+    (sdk_imports_the_contract_only, "engine_sdk", "import transformers"),
+    (platforms_import_the_sdk_only, "engine_cuda", "from engine.interfaces import Platform"),
+    (platforms_import_the_sdk_only, "engine_rocm", "from engine_cuda import CudaPlatform"),
+    (platforms_import_the_sdk_only, "engine_cpu", "import numpy"),
+    (conformance_imports_what_is_public, "engine_conformance.tiny_models", "from engine_cpu import CpuPlatform"),
+    (conformance_imports_what_is_public, "engine_conformance.tiny_models", "from engine.scheduler import _Row"),
+    (core_stays_small, "engine.kv.more", "x = 1\n" * MAX_CORE_LINES + "x = 1\n"),
+]
+
+
+@pytest.mark.parametrize(("rule", "module", "source"), PLANTED)
+def test_rule_finds_a_planted_violation(rule: Callable[[Tree], list[str]], module: str, source: str) -> None:
+    planted = {**tree(), module: f"{tree().get(module, '')}\n{source}\n"}
+    found = set(rule(planted)) - set(rule(tree()))
+    assert found
+    assert all(module in text or text.startswith("engine has") for text in found)
+
+
+ALLOWED = [
+    (some_modules_never_import_torch, "engine.scheduler", "if TYPE_CHECKING:\n    from torch import Tensor"),
+    (some_modules_never_import_torch, "engine.plugins", "def f():\n    from engine.interfaces import Platform"),
+    (core_imports_no_extension, "engine.extensions.lora", "from engine.extensions.lora.layers import Layer"),
+    (core_imports_no_extension, "engine.extensions.lora", "from engine.llm import LLM"),
+    (core_names_no_device, "engine.runner", '"""Graphs: cuda and hip have them."""\nargs.gpu_memory_utilization'),
+    (platforms_import_the_sdk_only, "engine_cuda", "from engine_cuda import kernels\nimport triton, ctypes"),
+    (conformance_imports_what_is_public, "engine_conformance.tiny_models", "from engine.kv.manager import KVPlan"),
+    (core_stays_small, "engine.extensions.more", "x = 1\n" * MAX_CORE_LINES),
+]
+
+
+@pytest.mark.parametrize(("rule", "module", "source"), ALLOWED)
+def test_rule_lets_pass_what_is_allowed(rule: Callable[[Tree], list[str]], module: str, source: str) -> None:
+    assert set(rule({**tree(), module: f"{tree().get(module, '')}\n{source}\n"})) <= set(rule(tree()))
+
+
+def test_torch_free_modules_load_no_torch() -> None:
+    """The same as `some_modules_never_import_torch`, asked of Python itself."""
+    code = f"import sys, {', '.join(STARTS_WITHOUT_TORCH)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def code_lines(path: Path) -> int:
-    """Lines that hold code: neither blank, nor a comment, nor part of a docstring."""
-    with tokenize.open(path) as file:
-        tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type not in BESIDE_CODE]
-    docstrings = {
-        line
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
-    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docstrings)
-
-
-def test_core_stays_small() -> None:
-    lines = sum(map(code_lines, sources(CORE)))
-    assert lines <= MAX_CORE_LINES, f"the core has {lines} lines of code"

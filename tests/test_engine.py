@@ -92,8 +92,8 @@ def test_output_depends_on_the_prompt_only(
 def test_preemption_changes_nothing(
     folder: Path, prompts: list[list[int]], expected: list[list[int]], overlap: bool
 ) -> None:
-    roomy = small(folder)
-    llm = small(folder, async_scheduling=overlap, num_blocks=roomy.info.min_blocks + 2)
+    crowd = {"max_num_seqs": 16, "max_num_batched_tokens": 8, "async_scheduling": overlap}
+    llm = small(folder, **crowd, num_blocks=small(folder, **crowd).info.min_blocks)
     outputs = llm.generate(prompts, GREEDY)
     assert tokens(outputs) == expected
     assert sum(o.metrics.num_preemptions for o in outputs if o.metrics) > 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -88,23 +88,29 @@ def edited(logits: Floats, req: CoreRequest, output: Sequence[int]) -> Floats:
     return x
 
 
+class KnifeEdge(Exception):  # noqa: N818
+    """Rounding decides whether a filter keeps a token, so there is nothing to compare."""
+
+
 def probabilities(x: Floats, temperature: float, min_p: float, top_k: int, top_p: float, *, ties: bool) -> Floats:
-    """After all filters; with `ties`, tokens as likely as the last one kept stay too. Rejects knife-edge cases."""
+    """After all filters; with `ties`, tokens as likely as the last one kept stay too."""
     p = np.exp((x - x.max()) / temperature)
-    assume(bool((np.abs(p - min_p) > 1e-6).all()) or min_p in (0, 1))
+    sharp = min_p in (0, 1) or bool((np.abs(p - min_p) > 1e-6).all())
     p[p < min_p] = 0
     order = np.argsort(-x, kind="stable")
     keep = order[:top_k]
-    p[[v for v in range(len(x)) if v not in keep and not (ties and x[v] == x[keep[-1]])]] = 0
+    p[~np.isin(np.arange(len(x)), keep) & ~(ties & (x == x[keep[-1]]))] = 0
     p /= p.sum()
     mass, kept = 0.0, list[int]()
     for v in order:
-        assume(abs(mass - top_p) > 1e-6 or top_p == 1)
+        sharp &= top_p == 1 or abs(mass - top_p) > 1e-6
         if kept and mass >= top_p:
             break
         kept.append(v)
         mass += p[v]
-    p[[v for v in range(len(x)) if v not in kept and not (ties and x[v] == x[kept[-1]])]] = 0
+    p[~np.isin(np.arange(len(x)), kept) & ~(ties & (x == x[kept[-1]]))] = 0
+    if not sharp:
+        raise KnifeEdge
     result: Floats = p / p.sum()
     return result
 
@@ -157,7 +163,7 @@ def g_test(tokens: NDArray[np.int64], p: Floats) -> float:
 def test_philox_gives_the_published_vectors(
     counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    words = philox(np.array(counter, np.uint32)[:, None], np.array(key, np.uint32)[:, None])
+    words = philox(np.array(counter, np.uint64)[:, None], np.array(key, np.uint64)[:, None])
     assert words[:, 0].tolist() == list(expected)
 
 
@@ -174,7 +180,7 @@ def test_uniform_numbers_are_uniform_over_seeds_and_over_positions() -> None:
 LOGITS = st.lists(st.integers(-20, 20).map(lambda v: v / 4), min_size=1, max_size=24)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     LOGITS,
     st.sampled_from([0.3, 0.7, 1.0, 2.5]),
@@ -188,13 +194,16 @@ def test_each_filter_keeps_what_the_reference_keeps(
 ) -> None:
     x = np.array(logits)
     top_k = min(top_k, len(x))
-    expected = probabilities(x, temperature, min_p, top_k, top_p, ties=not among)
+    try:
+        expected = probabilities(x, temperature, min_p, top_k, top_p, ties=not among)
+    except KnifeEdge:
+        reject()
     shares = drawn_shares(x, temperature, min_p, top_k, top_p, among=among)
     assert np.abs(shares - expected).max() < 2 / 512
     assert (shares[expected == 0] == 0).all()
 
 
-@pytest.mark.parametrize("vocab", [511, 512, 513, 3001])
+@pytest.mark.parametrize("vocab", [511, 512, 513, 3001, 20_000])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.8), (1500, 1.0), (1500, 0.8), (40, 0.8)])
 def test_wide_vocabularies(vocab: int, top_k: int, top_p: float) -> None:
     x = np.random.default_rng(vocab).normal(size=vocab).astype(np.float32).astype(np.float64) * 4
@@ -214,7 +223,7 @@ def test_wide_vocabularies(vocab: int, top_k: int, top_p: float) -> None:
         {"top_p": 0.7},
         {"min_p": 0.1},
         {"top_k": 20, "top_p": 0.8, "temperature": 1.7},
-        {"top_k": 1100, "min_p": 0.001, "top_p": 0.95},
+        {"top_k": 1100, "min_p": 0.0011, "top_p": 0.95},
         {"top_k": 5000},
     ],
 )

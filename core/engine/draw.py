@@ -19,33 +19,32 @@ from torch import Tensor
 UNIT_BITS = 31
 """A number in [0, 1] is given as an integer in units of 2**-31: uniform numbers, and top_p."""
 
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
+
 _BLOCK = 512  # tokens in a block of the two-level search
 _ONE = 0x3F800000  # 1.0 as fp32 bits; those of [0, 1] are 0 to this, in the order of their values
 
 
-def philox(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Philox4x32-10: four random words from counter [4, n] and key [2, n].
+def philox(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Philox4x32-10: four random 32-bit words from counter [4, n] and key [2, n], all held as uint64.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011; tested against Random123's vectors.
     """
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c0, c1, c2, c3 = counter.astype(np.uint64)
-    k0, k1 = key.astype(np.uint64)
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (p1 >> half) ^ c1 ^ k0, p1 & low, (p0 >> half) ^ c3 ^ k1, p0 & low
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-    return np.stack((c0, c1, c2, c3)).astype(np.uint32)
+    rounds = np.arange(10, dtype=np.uint64)[:, None, None]
+    even, odd = counter[::2], counter[1::2]
+    for round_key in (key + rounds * _WEYL) & _LOW:
+        product = even * _MULTIPLIERS
+        even, odd = (product >> _HALF)[::-1] ^ odd ^ round_key, (product & _LOW)[::-1]
+    return np.stack((even[0], odd[0], even[1], odd[1]))
 
 
 def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """One uniform number in [0, 1) for each seed and position [n], in units of 2**-31."""
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    at = positions.astype(np.uint64)
-    counter = np.zeros((4, len(at)), np.uint32)
-    counter[0], counter[1] = at & low, at >> half
-    words = philox(counter, np.stack((seeds & low, seeds >> half)).astype(np.uint32))
-    units: NDArray[np.int64] = (words[0] >> np.uint32(1)).astype(np.int64)
+    counter = np.zeros((4, len(positions)), np.uint64)
+    counter[0] = positions  # below 2**32
+    units: NDArray[np.int64] = philox(counter, np.stack((seeds & _LOW, seeds >> _HALF)))[0].astype(np.int64) >> 1
     return units
 
 
@@ -70,7 +69,7 @@ def draw_among(x: Tensor, filters: Filters, max_k: int) -> Tensor:
     value = x.topk(max_k, -1).values  # [R, K], descending
     w = ((value - value[:, :1]) / filters.temperature).exp_()
     beyond = torch.arange(max_k, device=x.device) >= filters.top_k
-    weight = _fixed_point(w, x.shape[-1]).masked_fill_(beyond | (w < filters.min_p), 0)
+    weight = _fixed_point(w).long().masked_fill_(beyond | (w < filters.min_p), 0)
     before = weight.cumsum(-1) - weight
     need = _share(weight.sum(-1, keepdim=True), filters.top_p).clamp_(min=1)
     cdf = weight.masked_fill_(before >= need, 0).cumsum(-1)
@@ -91,15 +90,15 @@ def draw_from_all(x: Tensor, filters: Filters, *, min_p: bool, top_k: bool, top_
         w.masked_fill_(w < filters.min_p, 0)
     if top_k:
         w.masked_fill_(w < _threshold(w, filters.top_k.new_ones(()).expand_as(w), filters.top_k), 0)
-    if top_p:
-        weight = _fixed_point(w, x.shape[-1])
-        need = _share(weight.sum(-1, keepdim=True), filters.top_p).clamp_(min=1)
-        w.masked_fill_(w < _threshold(w, weight, need), 0)
-
-    # Two levels, each an exact sum: the block that holds the drawn share of the mass, then the token in it.
     num_rows, vocab = x.shape
     blocks = torch.zeros(num_rows, -(-vocab // _BLOCK), _BLOCK, dtype=torch.int64, device=x.device)
-    blocks.view(num_rows, -1)[:, :vocab] = _fixed_point(w, vocab)
+    weight = blocks.view(num_rows, -1)[:, :vocab]
+    weight.copy_(_fixed_point(w))
+    if top_p:
+        need = _share(weight.sum(-1, keepdim=True), filters.top_p).clamp_(min=1)
+        weight.masked_fill_(w < _threshold(w, weight, need), 0)
+
+    # Two levels, each an exact sum: the block that holds the drawn share of the mass, then the token in it.
     mass = blocks.sum(-1)
     cdf = mass.cumsum(-1)
     target = _share(cdf[:, -1:], filters.u)
@@ -110,9 +109,9 @@ def draw_from_all(x: Tensor, filters: Filters, *, min_p: bool, top_k: bool, top_
     return token.squeeze(-1).clamp_(max=vocab - 1)
 
 
-def _fixed_point(w: Tensor, vocab: int) -> Tensor:
-    """Weights in [0, 1] as int64, scaled so that `vocab` of them sum to less than 2**62."""
-    return (w * 2.0 ** (62 - vocab.bit_length())).long()
+def _fixed_point(w: Tensor) -> Tensor:
+    """Weights [R, n] in [0, 1], scaled so that a row's integer parts sum to less than 2**62."""
+    return w * 2.0 ** (62 - w.shape[1].bit_length())
 
 
 def _share(total: Tensor, fraction: Tensor) -> Tensor:
@@ -126,15 +125,15 @@ def _share(total: Tensor, fraction: Tensor) -> Tensor:
 def _threshold(w: Tensor, weight: Tensor, need: Tensor) -> Tensor:
     """The largest t such that tokens with ``w >= t`` weigh at least `need` together; fp32 [R, 1].
 
-    A radix descent over the bits of w instead of a sort: one histogram of the high half of the bits, one of the low
-    half in the bucket that was found. The first bucket takes what lies above the range, the last what lies below.
+    A radix descent over the 30 bits of w instead of a sort: a histogram of the highest digit, then of the next one in
+    the bucket that was found. The first bucket takes what lies above the range, the last what lies below.
     w fp32 [R, V] in [0, 1]; weight int64 [R, V]; need int64 [R, 1].
     """
     depth = _ONE - w.view(torch.int32)  # 0 for w of 1
     start = torch.zeros_like(need, dtype=torch.int32)
-    size = 1 << 15
-    for shift in (15, 0):
-        bucket = (depth - start).bitwise_right_shift_(shift).clamp_(-1, size).add_(1).long()
-        mass = weight.new_zeros(len(w), size + 2).scatter_add_(1, bucket, weight).cumsum_(-1)
+    digit = 15 if w.shape[1] > 1 << 14 else 10  # the histogram should not be larger than the vocabulary
+    for shift in range(30 - digit, -1, -digit):
+        bucket = (depth - start).bitwise_right_shift_(shift).clamp_(-1, 1 << digit).add_(1).long()
+        mass = weight.new_zeros(len(w), (1 << digit) + 2).scatter_add_(1, bucket, weight).cumsum_(-1)
         start += (torch.searchsorted(mass, need) - 1).int() << shift
     return (_ONE - start).view(torch.float32)

@@ -65,7 +65,7 @@ class AmbiguousPlatformError(PluginError):
 
 
 class ContractError(PluginError):
-    """The plugin was written for another version of the contract, or overrides what the contract does not have."""
+    """The plugin's class does not keep the contract: another version, methods missing, or methods it does not have."""
 
 
 class UnsupportedCapability(EngineError):  # noqa: N818 - the contract's name

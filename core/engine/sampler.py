@@ -31,9 +31,9 @@ _AMONG_K = 1024  # up to here the k likeliest are looked up; beyond, the whole v
 _GROUP_ROWS = 64  # drawn at once, which bounds the memory of a large step
 _FP32 = np.finfo(np.float32)
 
-_PROMPT = 1 << 29  # a token's history is its count in the output, and these flags
-_BANNED = 1 << 30
+_PROMPT = 1 << 30  # a token's history: its count in the output, this flag, and negative if it is not allowed
 _COUNT = _PROMPT - 1
+_BANNED = -(1 << 31)
 
 _Ints = NDArray[np.int64]
 
@@ -75,6 +75,7 @@ class SamplingPlan:
         bias: the same, and what is added there.
         processors: index, custom processors and output of a row.
         history: int64 [2, R], index and slot; fp32 [3, R], penalties.
+        banned, repetition, additive: whether a row has allowed ids, a repetition penalty, one of the other two.
         wanted: int64, indices of rows that want log probabilities.
         wanted_counts: how many each.
     """
@@ -85,6 +86,9 @@ class SamplingPlan:
     bias: tuple[Staged, Staged] | None = None
     processors: list[tuple[int, list[LogitsProcessor], list[int]]] = field(default_factory=list)
     history: tuple[Staged, Staged] | None = None
+    banned: bool = False
+    repetition: bool = False
+    additive: bool = False
     wanted: Staged | None = None
     wanted_counts: list[int] = field(default_factory=list)
 
@@ -132,6 +136,7 @@ class Sampler:
         self._stop_from = np.zeros(max_rows, np.int64)  # position from which stop tokens may be produced
         self._wanted = np.full(max_rows, -1, np.int64)  # log probabilities; -1 is none
         self._slot = np.full(max_rows, -1, np.int64)  # in the history
+        self._banned = np.zeros(max_rows, np.bool_)
         self._edits: dict[int, _Edits] = {}
         self._history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._free: list[int] = []
@@ -165,6 +170,7 @@ class Sampler:
         if params.allowed_token_ids is not None or (self._penalties[:, row] != (1, 0, 0)).any():
             self._slot[row] = slot = self._free.pop() if self._free else self._grow()
             self._history[slot] = torch.from_numpy(self._past(token_ids, num_prompt, params.allowed_token_ids))
+            self._banned[row] = params.allowed_token_ids is not None
 
     def release(self, row: int) -> None:
         """The sequence in `row`, if there is one, is gone."""
@@ -239,7 +245,10 @@ class Sampler:
         index = np.flatnonzero(self._slot[row] >= 0)
         if index.size:
             of = row[index]
-            plan.history = staging.add(np.stack((index, self._slot[of]))), staging.add(self._penalties[:, of])
+            penalties = self._penalties[:, of]
+            plan.history = staging.add(np.stack((index, self._slot[of]))), staging.add(penalties)
+            plan.banned = bool(self._banned[of].any())
+            plan.repetition, plan.additive = bool((penalties[0] != 1).any()), bool(penalties[1:].any())
         index = np.flatnonzero(self._wanted[row] >= 0)
         if index.size:
             plan.wanted, plan.wanted_counts = staging.add(index), self._wanted[row[index]].tolist()
@@ -322,7 +331,8 @@ class Sampler:
         if plan.history is not None:
             index, slots = plan.history[0].device
             history = self._history[slots]
-            x[index] = x[index].masked_fill_(history >= _BANNED, -torch.inf)
+        if plan.banned:
+            x[index] = x[index].masked_fill_(history < 0, -torch.inf)
         if plan.bans is not None:
             x.view(-1).index_fill_(0, plan.bans.device, -torch.inf)
         if plan.bias is not None:
@@ -334,18 +344,16 @@ class Sampler:
                     raise RequestError(f"a logits processor must return logits of its row's shape, got {changed!r}")
                 x[i] = changed
         if plan.history is not None:
-            x[index] = _penalise(x[index], history, plan.history[1].device[:, :, None])
+            repetition, frequency, presence = plan.history[1].device[:, :, None]
+            rows = x[index]
+            if plan.repetition:  # of banned tokens too, whose -inf stays
+                rows = torch.where(history != 0, torch.where(rows > 0, rows / repetition, rows * repetition), rows)
+            if plan.additive:
+                count = history & _COUNT
+                rows.sub_(frequency * count).sub_(presence * (count > 0))
+            x[index] = rows
         return x
 
 
 def _ends_with(output: list[int], ids: list[int]) -> bool:
     return not ids or output[-len(ids) :] == ids
-
-
-def _penalise(x: Tensor, history: Tensor, penalties: Tensor) -> Tensor:
-    """Repetition, frequency and presence penalties; x fp32 and history int32 [R, V], penalties fp32 [3, R, 1]."""
-    repetition, frequency, presence = penalties
-    count = history & _COUNT
-    seen = (history & (_COUNT | _PROMPT)) > 0
-    x = x.where(~seen, torch.where(x > 0, x / repetition, x * repetition))
-    return x.sub_(frequency * count).sub_(presence * (count > 0))

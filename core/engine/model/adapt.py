@@ -12,17 +12,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from engine.errors import UnsupportedModelError
 from engine.interfaces import Platform
-from engine.model import attention, experts, probe
+from engine.model import attention, experts, inline, probe
 from engine.model.attention import AttentionLayer, StepContext
-from engine.model.config import DTYPES, ModelSource, max_model_len, read_config, resolve_dtype
+from engine.model.config import ModelSource, max_model_len, read_config, resolve_dtype
 from engine.model.linear import fuse, pack
 from engine.model.load import load_weights, read_index
+from engine.model.probe import Observations
 from engine.model.storage import allocate, fill_dummy, settle_ties
 
 
@@ -38,14 +40,12 @@ class AdaptedModel:
         max_model_len: most tokens of a sequence that the model was made for; None without a limit.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, layers: Mapping[str, AttentionLayer], context: StepContext, vocab_size: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config: PreTrainedConfig = model.config
-        self.attention_layers = layers
-        self.context = context
-        self.vocab_size = vocab_size
+        self.attention_layers: Mapping[str, AttentionLayer] = {}
+        self.context = StepContext()
+        self.vocab_size = 0
         self.max_model_len = max_model_len(model.config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -59,11 +59,16 @@ class AdaptedModel:
         Returns:
             [S, V] in the model's dtype, after whatever the model does to its logits.
         """
-        arguments = _arguments(self.model, position_ids)
         if self._keeps_logits:
-            arguments["logits_to_keep"] = logits_index
-        logits: Tensor = self.model(input_ids=input_ids[None], **arguments).logits[0]
-        return logits if self._keeps_logits else logits[logits_index]
+            return self.run(input_ids, position_ids, logits_to_keep=logits_index).logits[0]  # type: ignore[no-any-return]
+        return self.run(input_ids, position_ids).logits[0, logits_index]  # type: ignore[no-any-return]
+
+    def run(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Any:
+        """The model's own output for the flattened tokens of a batch, int64 [N], with a batch dimension of 1."""
+        self.context.begin(position_ids)
+        return self.model(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, return_dict=True, **arguments
+        )
 
 
 def load_model(source: ModelSource, platform: Platform, *, progress: bool = False) -> AdaptedModel:
@@ -74,16 +79,17 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     """
     config = read_config(source)
     dtype = resolve_dtype(source.dtype, config)
+    kv_dtype = dtype if source.kv_cache_dtype == "auto" else resolve_dtype(source.kv_cache_dtype, config)
     entries = read_index(source.folder) if source.load_format == "auto" else {}
     device = platform.device()
 
     model = build(config, dtype, trust_remote_code=source.trust_remote_code)
+    adapted = AdaptedModel(model)
+    inline.adopt(model, adapted.context)
     use(model, probe.IMPLEMENTATION)
-    seen = probe.observe(model, _arguments(model, torch.arange(probe.NUM_TOKENS, device="meta")))
-    context = StepContext()
-    layers = attention.attach(model, seen, platform, DTYPES.get(source.kv_cache_dtype, dtype), context)
-    method = platform.linear(None)
-    projections = fuse(model, seen, all_linears=method is not None)
+    seen = _observe_without_data(adapted)
+    linear = platform.linear(None)
+    projections = fuse(model, seen or Observations(), all_linears=linear is not None)
 
     settle_ties(model, entries)
     allocate(model, projections, device.torch_device)
@@ -91,20 +97,60 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
         fill_dummy(model, source.seed)
     else:
         load_weights(model, entries, device, progress=progress)
-    if method is not None:
-        pack(projections, method)
+    if linear is not None:
+        pack(projections, linear)
+
+    seen = seen or probe.observe(model, adapted.run, device.torch_device)
+    adapted.vocab_size = seen.vocab_size
+    adapted.attention_layers = attention.attach(model, seen, platform, kv_dtype, adapted.context)
     experts.attach(seen, platform)
     use(model, attention.IMPLEMENTATION)
-    return AdaptedModel(model, layers, context, seen.vocab_size)
+    _check_tokens_apart(adapted, device.torch_device)
+    return adapted
+
+
+def _observe_without_data(adapted: AdaptedModel) -> Observations | None:
+    """What a probe sees before there are weights; None where the model's code looks at data."""
+    try:
+        return probe.observe(adapted.model, adapted.run, torch.device("meta"))
+    except UnsupportedModelError:
+        return None
+
+
+def _check_tokens_apart(adapted: AdaptedModel, device: torch.device) -> None:
+    """Raise `UnsupportedModelError` unless what a token becomes depends on nothing but its id, its position, and attention.
+
+    The engine runs many sequences as one, and only its attention knows where one ends. So equal tokens at equal
+    positions must come out equal wherever they stand, whatever stands beside them. Here attention keeps tokens apart.
+    """
+    a, b, c, d = (adapted.vocab_size * i // 5 for i in (4, 2, 3, 1))
+    pad = getattr(adapted.config.get_text_config(), "pad_token_id", None)
+    positions = torch.tensor([0, 1, 2, 1, 0], device=device)
+    every = torch.arange(5, device=device)
+    first, other = (
+        adapted.forward(torch.tensor([a, b, middle, b, a], device=device), positions, every).float()
+        for middle in (c, pad if pad is not None and 0 <= pad < adapted.vocab_size else d)
+    )
+    tolerance = (1e-3 if first.dtype == torch.float32 else 2e-2) * first.abs().max()
+    same = torch.cat((first[:2] - first[3:].flip(0), first[:2] - other[:2], first[3:] - other[3:]))
+    if not (same.abs() <= tolerance).all():
+        raise UnsupportedModelError(
+            f"{type(adapted.model).__name__} lets tokens meet outside of attention (in a recurrent state, a convolution or "
+            "attention of its own), or counts positions by itself; support for that is not built yet"
+        )
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without weights: parameters on `meta`, in their final dtypes; buffers too."""
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    model: PreTrainedModel
     try:
         with torch.device("meta"), init.meta_device_safe_creation_ops():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code
-            )
+            if type(config) not in AutoModelForCausalLM._model_mapping and getattr(named, "config_class", None) is type(config):
+                model = named._from_config(config, **options)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     except ValueError as error:
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is no causal language model for Transformers: {error}"
@@ -123,8 +169,3 @@ def use(model: PreTrainedModel, implementation: str) -> None:
         if isinstance(config, PreTrainedConfig):
             config._attn_implementation = implementation
             config._experts_implementation = implementation
-
-
-def _arguments(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
-    """What `model.forward` gets besides token ids and, for the logits, an index."""
-    return {"position_ids": position_ids[None], "use_cache": False, "return_dict": True}

@@ -50,24 +50,56 @@ MEANINGFUL_KWARGS = frozenset({"scaling", "sliding_window", "softcap", "s_aux", 
 
 
 class StepContext:
-    """What attention reads besides its arguments: one per model, filled before each step.
+    """What the layers of one model read besides their arguments; filled before each step.
 
-    Without plans (as after construction) attention writes zeros, which serves to measure memory before a cache exists.
+    Without plans, as after construction, attention gives each token a mix of its own query, key and value. That needs
+    no cache, and serves to measure memory and to check that tokens meet in attention only.
+
+    Attributes:
+        positions: int64 [N] of the step's tokens, for models that count by themselves.
     """
+
+    positions: Tensor
 
     def __init__(self) -> None:
         self.plans: Sequence[Plan] | None = None
+        self._turns: list[Turns] = []
+
+    def begin(self, positions: Tensor) -> None:
+        """A forward pass begins."""
+        self.positions = positions
+        for turns in self._turns:
+            turns.next = 0
+
+    def turns(self, layers: Sequence[AttentionLayer]) -> Turns:
+        """The handles of `layers`, which one module calls in this order in each pass."""
+        self._turns.append(Turns([layer.handle for layer in layers]))
+        return self._turns[-1]
 
     def set_plans(self, plans: Sequence[Plan] | None) -> None:
         """The step's plans, in the order that `AttentionLayer.bind` counts."""
         self.plans = plans
 
 
+class Turns:
+    """Handles of a module that attends several times in a pass, with a cache for each time."""
+
+    def __init__(self, handles: Sequence[Tensor]) -> None:
+        self._handles = handles
+        self.next = 0
+
+    def take(self) -> Tensor:
+        """The handle for this time."""
+        handle = self._handles[self.next]
+        self.next += 1
+        return handle
+
+
 class AttentionLayer:
     """One attention layer of a model.
 
     Attributes:
-        name: of its module in the model.
+        name: of its module in the model; with the number of the call where the module attends several times.
         spec: what it computes.
         backend: the platform's; layers of one specification share one.
         shares_kv_with: the layer whose keys and values it reads; it has no cache of its own then.
@@ -105,7 +137,9 @@ class AttentionLayer:
         """The op's body: see `AttentionBackend.forward`."""
         plans = self._context.plans
         if plans is None:
-            out.zero_()
+            groups = self.spec.num_heads // self.spec.num_kv_heads
+            own = v * (1 + k.mean(-1, keepdim=True)) + k.mean(-1, keepdim=True)
+            torch.mul(own.repeat_interleave(groups, 1), 1 + q.mean(-1, keepdim=True), out=out)
             return
         reads = self.shares_kv_with is not None
         self.backend.forward(
@@ -156,6 +190,8 @@ def engine_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     handle = module.engine_handle
+    if isinstance(handle, Turns):
+        handle = handle.take()
     torch.ops.engine.attention(q, k, v, handle, kwargs.get("s_aux"), kwargs.get("alibi_slopes"), out)
     return out.unsqueeze(0), None
 
@@ -172,13 +208,12 @@ def attach(
     cannot express, and `UnsupportedCapability` for what the platform does not have.
     """
     names = {module: name for name, module in model.named_modules()}
+    calls: dict[nn.Module, list[AttentionLayer]] = {}
     backends: dict[AttentionSpec, AttentionBackend] = {}
-    layers: dict[str, AttentionLayer] = {}
     owners: dict[tuple[int, int], AttentionLayer] = {}
     for call in seen.attention:
-        name = names[call.module]
-        if name in layers:
-            raise UnsupportedModelError(f"{name} runs several times in a pass, and has only one KV cache")
+        earlier = calls.setdefault(call.module, [])
+        name = names[call.module] + (f"#{len(earlier)}" if earlier else "")
         try:
             spec = specify(call, seen, kv_dtype)
         except UnsupportedModelError as error:
@@ -188,10 +223,12 @@ def attach(
         owner = owners.get((id(call.key), id(call.value)))
         if owner is not None and owner.spec != spec:
             raise UnsupportedModelError(f"{name} reads the KV cache of {owner.name}, which has another specification")
-        layers[name] = layer = AttentionLayer(name, spec, backends[spec], context, owner)
+        layer = AttentionLayer(name, spec, backends[spec], context, owner)
         owners.setdefault((id(call.key), id(call.value)), layer)
-        call.module.engine_handle = layer.handle
-    return layers
+        earlier.append(layer)
+    for module, layers in calls.items():
+        module.engine_handle = layers[0].handle if len(layers) == 1 else context.turns(layers)
+    return {layer.name: layer for layers in calls.values() for layer in layers}
 
 
 def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> AttentionSpec:

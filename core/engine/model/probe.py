@@ -1,7 +1,7 @@
 """A forward pass on `meta` tensors: what a model does, seen rather than guessed from its configuration.
 
 The pass costs no memory and no arithmetic. It records every call of an attention function, with the mask that the model
-made for it, and the input of every linear layer.
+made for it, the input of every linear layer, and the layers of experts.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ class Observations:
 _observing: ContextVar[Observations] = ContextVar("observing")
 
 
-def observe(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Observations:
-    """Run `model`, whose parameters and buffers are on `meta`, once over `NUM_TOKENS` tokens.
+def observe(model: PreTrainedModel, run: Callable[[Tensor, Tensor], Any], device: torch.device) -> Observations:
+    """Run `model` once over `NUM_TOKENS` tokens and report what it did.
 
     Args:
         model: it and its parts must use the implementation `IMPLEMENTATION`.
-        arguments: of the model's forward, besides ``input_ids``; tensors among them on `meta`.
-
-    Raises `UnsupportedModelError` where the model's code cannot run without data.
+        run: calls the model with token ids and positions, int64 [N], and returns its output.
+        device: of the parameters and buffers. On `meta` the pass costs nothing, and raises `UnsupportedModelError`
+            where the model's code looks at data.
     """
     seen = Observations()
     token = _observing.set(seen)
@@ -117,20 +117,18 @@ def observe(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Observation
             for module in model.modules():
                 if type(module) is nn.Linear:
                     stack.callback(module.register_forward_pre_hook(record).remove)
-            for context in (torch.no_grad(), torch.device("meta"), _WithoutData()):
+            for context in (torch.no_grad(), device, _WithoutData()):
                 stack.enter_context(context)
-            ids = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
-            output = model(input_ids=ids, **arguments)
-        seen.vocab_size = output.logits.shape[-1]
+            output = run(torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.arange(NUM_TOKENS))
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be run without data, so its attention cannot be examined: "
-            f"{type(error).__name__}: {error}"
+            f"{type(model).__name__} cannot be run to examine its attention: {type(error).__name__}: {error}"
         ) from error
     finally:
         _observing.reset(token)
+    seen.vocab_size = output.logits.shape[-1]
     return seen
 
 
@@ -147,12 +145,13 @@ class _WithoutData(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _record_attention(
+def record_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    """Attention as Transformers calls it, which records the call and gives zeros."""
     given = {name: argument for name, argument in kwargs.items() if argument is not None}
     _observing.get().attention.append(AttentionCall(module, query, key, value, attention_mask, given))
-    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
 def _record_mask(
@@ -174,7 +173,7 @@ def _record_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     return torch.empty_like(hidden_states)
 
 
-AttentionInterface.register(IMPLEMENTATION, _record_attention)
+AttentionInterface.register(IMPLEMENTATION, record_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _record_mask)
 ExpertsInterface.register(IMPLEMENTATION, _record_experts)
 
@@ -191,7 +190,7 @@ def recognise(function: MaskFunction, local_size: int | None) -> Visibility | No
     query, key = torch.tensor(points)[:, None], torch.tensor(points)[None]
     zero = torch.zeros((), dtype=torch.int64)
     try:
-        seen = torch.broadcast_to(_with_zeros(function)(zero, zero, query, key), (len(points),) * 2)
+        seen = torch.broadcast_to(_plain_text(function, points[-1] + 1)(zero, zero, query, key), (len(points),) * 2)
     except (IndexError, RuntimeError):
         return None
     choices = [Visibility(), Visibility(causal=False)]
@@ -200,13 +199,19 @@ def recognise(function: MaskFunction, local_size: int | None) -> Visibility | No
     return next((choice for choice in choices if torch.equal(choice(query, key), seen)), None)
 
 
-def _with_zeros(function: Any) -> Any:
-    """`function` with zeros for the meta tensors that it closes over: no padding, no offset."""
+def _plain_text(function: Any, length: int, name: str = "") -> Any:
+    """`function` with values for the tensors that it closes over: text of `length` without images or padding."""
     if isinstance(function, Tensor):
-        return torch.zeros(function.shape, dtype=function.dtype) if function.is_meta else function
+        # Transformers numbers blocks of image tokens from 0 on; -1 is text. Other tensors count padding.
+        value = -1 if name.endswith("block_sequence_ids") else 0
+        return torch.full((*function.shape[:-1], length), value) if function.dim() else function
     if isinstance(function, tuple):
-        return tuple(map(_with_zeros, function))
+        return tuple(_plain_text(part, length) for part in function)
     if not isinstance(function, FunctionType) or function.__closure__ is None:
         return function
-    cells = tuple(CellType(_with_zeros(cell.cell_contents)) for cell in function.__closure__)
-    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    names = function.__code__.co_freevars
+    cells = (
+        CellType(_plain_text(cell.cell_contents, length, name))
+        for name, cell in zip(names, function.__closure__, strict=True)
+    )
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))

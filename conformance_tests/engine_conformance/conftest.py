@@ -1,0 +1,28 @@
+"""Fixtures of the suite."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine_conformance.plugin import EXAMPLES, platforms
+from engine_sdk import Capabilities, Platform
+
+
+@pytest.fixture(scope="session")
+def conformance_platform(request: pytest.FixtureRequest) -> Platform:
+    """The platform under test, its device made current."""
+    platform = platforms(request.config)[request.param]
+    platform.device().activate()
+    return platform
+
+
+@pytest.fixture(scope="session")
+def capabilities(conformance_platform: Platform) -> Capabilities:
+    """What the platform declares."""
+    return conformance_platform.capabilities()
+
+
+@pytest.fixture(scope="session")
+def examples(request: pytest.FixtureRequest) -> int:
+    """How many times a smoke run's examples to draw."""
+    return EXAMPLES[request.config.getoption("conformance_profile")]

@@ -1,0 +1,143 @@
+"""Safetensors files: what tensors a folder holds, and their bytes, read where they are wanted.
+
+The format is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Files are not mapped into
+memory: mapped pages would count as the process's own while weights are copied out of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError
+
+_HEADER_LIMIT = 100 << 20  # the format's own limit
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its dtype, shape and the bytes ``[begin, end)``."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def read(self, target: Tensor, at: int = 0) -> None:
+        """Fill `target` (contiguous, on the host, this dtype) with the elements from `at` on."""
+        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        position = self.begin + at * self.dtype.itemsize
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(position)
+                while len(view):
+                    if not (count := file.readinto(view)):
+                        raise CheckpointError(f"{self.file} ends inside tensor {self.name!r}; download it again")
+                    view = view[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.file}, tensor {self.name!r}: {error}; check the disk") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.begin
+
+    def same_bytes(self, other: Entry) -> bool:
+        """Whether both hold the same bytes."""
+        return self.nbytes == other.nbytes and torch.equal(*(e._as_bytes().load() for e in (self, other)))
+
+    def load(self) -> Tensor:
+        """The tensor, on the host."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read(tensor)
+        return tensor
+
+
+def read_index(folder: Path) -> dict[str, Entry]:
+    """The tensors of a folder's safetensors files, by name; reads headers only.
+
+    Raises `CheckpointError` naming the file that is missing, incomplete or damaged.
+    """
+    files = _files(folder)
+    entries: dict[str, Entry] = {}
+    for file in files:
+        entries.update(_read_header(file))
+    return entries
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error!r}; download it again") from error
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists; download them")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.gguf")))
+    raise CheckpointError(
+        f"{folder} has no *.safetensors file"
+        + (f", only {', '.join(others)}; convert it: load it with Transformers and save_pretrained()" if others else "")
+        + "; for random weights use load_format='dummy'"
+    )
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, Entry]]:
+    damaged = "download it again"
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise CheckpointError(f"{file} is no safetensors file, or is truncated; {damaged}")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} has a damaged header: {error}; {damaged}") from error
+    data = 8 + length
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file} describes tensor {name!r} wrongly: {error!r}; {damaged}") from error
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{file}: tensor {name!r} has dtype {kind}, which is not supported")
+        dtype = _DTYPES[kind]
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(f"{file}: tensor {name!r} has a shape that does not fit its bytes; {damaged}")
+        if data + end > size:
+            raise CheckpointError(
+                f"{file} is truncated: tensor {name!r} ends at byte {data + end} of {size}; {damaged}"
+            )
+        yield name, Entry(file, name, dtype, shape, data + begin, data + end)
