@@ -32,7 +32,7 @@ TORCH_FREE = (
     *("engine.request", "engine.step", "engine.config", "engine.errors", "engine.info", "engine.scheduler"),
     *("engine.kv.spec", "engine.kv.allocator", "engine.kv.manager"),
 )
-STARTS_WITHOUT_TORCH = (*TORCH_FREE, "engine", "engine.cli", "engine.hooks", "engine.discovery", "engine.plugins")
+STARTS_WITHOUT_TORCH = (*TORCH_FREE, "engine", "engine.extensions.cli", "engine.hooks", "engine.discovery", "engine.plugins")
 MAX_CORE_LINES = 6000
 
 
@@ -232,13 +232,13 @@ PLANTED = [
     (some_modules_never_import_torch, "engine.kv.spec", "from engine.interfaces import Platform"),
     (some_modules_never_import_torch, "engine", "from engine.llm import LLM"),
     (some_modules_never_import_torch, "engine.kv", "from engine.kv import pool"),
-    (some_modules_never_import_torch, "engine.cli", "from . import platforms\nfrom engine import contract"),
+    (some_modules_never_import_torch, "engine.extensions.cli", "from . import platforms\nfrom engine import contract"),
     (core_imports_no_platform, "engine.runner", "import engine_cuda"),
     (core_imports_no_platform, "engine.runner", "def f():\n    from engine_sdk import TorchPlatform"),
-    (core_imports_no_platform, "engine.cli.bench", "import_module('engine_cpu')"),
+    (core_imports_no_platform, "engine.extensions.cli.bench", "import_module('engine_cpu')"),
     (core_imports_no_platform, "engine.extensions.lora", "from engine_conformance import tiny_models"),
     (core_imports_no_extension, "engine.llm", "from engine.extensions.lora import Adapter"),
-    (core_imports_no_extension, "engine.cli", "import importlib\nimportlib.import_module('engine.extensions.server')"),
+    (core_imports_no_extension, "engine.extensions.cli", "import importlib\nimportlib.import_module('engine.extensions.server')"),
     (core_imports_no_extension, "engine.extensions.lora", "from engine.extensions.grammar import mask"),
     (core_names_no_device, "engine.runner", "x.cuda()"),
     (core_names_no_device, "engine.runner", "torch.npu.synchronize()"),

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from engine import cli
-from engine.cli import COMMANDS, Command, doctor, main
-from engine.cli.text import fields, paragraph, size, table
+from engine.extensions.cli import COMMANDS, Command, doctor, main
+from engine.extensions.cli.text import fields, paragraph, size, table
 from engine.errors import ConfigError
 from engine.version import __version__
 
@@ -31,7 +31,7 @@ WAY = "choose another platform with --platform NAME, ENGINE_PLATFORM=NAME or LLM
 
 def engine(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`engine WORDS` in a process of its own."""
-    code = "import sys; from engine.cli import main; sys.exit(main())"
+    code = "import sys; from engine.extensions.cli import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *words], env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -131,7 +131,7 @@ def test_platforms_as_a_table(
 
 def test_help_is_at_once_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from engine.cli import main\n"
+        "import sys; from engine.extensions.cli import main\n"
         "try: main(['--help'])\n"
         "finally: print('heavy:', {'torch', 'transformers', 'numpy', 'pluggy'} & set(sys.modules))"
     )
@@ -224,7 +224,7 @@ def test_other_errors_keep_their_traceback(command: Callable[[BaseException], No
 
 @pytest.mark.usefixtures("install")
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = "import sys; from engine.cli import main; sys.exit(main(['platforms']))"
+    code = "import sys; from engine.extensions.cli import main; sys.exit(main(['platforms']))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import LLM, AsyncLLM, RequestOutput, SamplingParams
+from engine import LLM, RequestOutput, SamplingParams
 from engine.errors import ConfigError, EngineDeadError, RequestError
+from engine.extensions.serving import AsyncLLM
 from engine_conformance.architectures import compare
 from engine_conformance.tiny_models import tiny_model
 

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 from engine.version import __version__
 
 if TYPE_CHECKING:
-    from engine.async_llm import AsyncLLM
     from engine.config import EngineArgs
     from engine.llm import LLM
     from engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 _HOME = {
     "LLM": "engine.llm",
-    "AsyncLLM": "engine.async_llm",
     "EngineArgs": "engine.config",
     "SamplingParams": "engine.request",
     "RequestOutput": "engine.request",
@@ -30,7 +28,6 @@ _HOME = {
 
 __all__ = [
     "LLM",
-    "AsyncLLM",
     "CompletionOutput",
     "EngineArgs",
     "Logprob",

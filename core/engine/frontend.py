@@ -1,6 +1,6 @@
 """Between users and the core: prompts become token ids, tokens become text, `n` completions become one output.
 
-Used alike by `LLM`, where the core runs in this process, and by `AsyncLLM`, where it runs in another.
+Used alike where the core runs in this process (`LLM`) and where it runs in another (`extensions/serving`).
 """
 
 from __future__ import annotations

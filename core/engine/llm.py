@@ -173,7 +173,9 @@ class LLM:
         if self._dead is not None:
             raise EngineDeadError("an earlier step failed; make a new LLM") from self._dead
         if self._frontend.running():
-            raise RequestError("this LLM is streaming; finish or close the stream, or use AsyncLLM for many at once")
+            raise RequestError(
+                "this LLM is streaming; finish or close the stream, or use engine.extensions.serving.AsyncLLM for many"
+            )
         ids = [str(next(self._ids)) for _ in prompts]
         try:
             for i, prompt, param, priority in zip(ids, prompts, params, priorities, strict=True):

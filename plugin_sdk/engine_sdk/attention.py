@@ -35,7 +35,7 @@ from engine.interfaces import (
 from engine_sdk.layout import BlockLayout, PagedCache, TokenMajor
 
 # Bytes of keys and values that a decode tile gathers: on a host they should stay in its caches.
-_HOST_TILE_BYTES = 4 << 20
+_HOST_TILE_BYTES = 1 << 20
 _DEVICE_TILE_BYTES = 256 << 20
 # Scores that a prefill slice may need in memory at once, heads included.
 _HOST_SCORES = 1 << 24

@@ -21,11 +21,15 @@ from engine.errors import UnsupportedModelError
 from engine.interfaces import Platform
 from engine.model import attention, experts, inline, probe
 from engine.model.attention import AttentionLayer, StepContext
+from engine.model.checkpoint import read_index
 from engine.model.config import ModelSource, max_model_len, read_config, resolve_dtype
 from engine.model.linear import fuse, pack
-from engine.model.load import load_weights, read_index
+from engine.model.load import LoadPlan
 from engine.model.probe import Observations
-from engine.model.storage import allocate, fill_dummy, settle_ties
+from engine.model.storage import allocate, fill_dummy
+
+_STATES = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
+"""Names in a configuration's `layer_types` of layers that keep more of a sequence than keys and values."""
 
 
 class AdaptedModel:
@@ -63,6 +67,11 @@ class AdaptedModel:
             return self.run(input_ids, position_ids, logits_to_keep=logits_index).logits[0]  # type: ignore[no-any-return]
         return self.run(input_ids, position_ids).logits[0, logits_index]  # type: ignore[no-any-return]
 
+    def attach(self, seen: Observations, platform: Platform, kv_dtype: torch.dtype) -> None:
+        """Take over what a probe saw: the attention layers, with the platform's backends, and the size of the vocabulary."""
+        self.vocab_size = seen.vocab_size
+        self.attention_layers = attention.attach(self.model, seen, platform, kv_dtype, self.context)
+
     def run(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Any:
         """The model's own output for the flattened tokens of a batch, int64 [N], with a batch dimension of 1."""
         self.context.begin(position_ids)
@@ -80,29 +89,30 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     config = read_config(source)
     dtype = resolve_dtype(source.dtype, config)
     kv_dtype = dtype if source.kv_cache_dtype == "auto" else resolve_dtype(source.kv_cache_dtype, config)
-    entries = read_index(source.folder) if source.load_format == "auto" else {}
     device = platform.device()
+    linear = platform.linear(None)
 
     model = build(config, dtype, trust_remote_code=source.trust_remote_code)
+    plan = LoadPlan(model, read_index(source.folder)) if source.load_format == "auto" else None
     adapted = AdaptedModel(model)
     inline.adopt(model, adapted.context)
     use(model, probe.IMPLEMENTATION)
     seen = _observe_without_data(adapted)
-    linear = platform.linear(None)
+    if seen is not None:
+        adapted.attach(seen, platform, kv_dtype)
     projections = fuse(model, seen or Observations(), all_linears=linear is not None)
 
-    settle_ties(model, entries)
     allocate(model, projections, device.torch_device)
-    if source.load_format == "dummy":
-        fill_dummy(model, source.seed)
+    if plan is not None:
+        plan.fill(device, progress=progress)
     else:
-        load_weights(model, entries, device, progress=progress)
+        fill_dummy(model, source.seed)
     if linear is not None:
         pack(projections, linear)
 
-    seen = seen or probe.observe(model, adapted.run, device.torch_device)
-    adapted.vocab_size = seen.vocab_size
-    adapted.attention_layers = attention.attach(model, seen, platform, kv_dtype, adapted.context)
+    if seen is None:
+        seen = probe.observe(model, adapted.run, device.torch_device)
+        adapted.attach(seen, platform, kv_dtype)
     experts.attach(seen, platform)
     use(model, attention.IMPLEMENTATION)
     _check_tokens_apart(adapted, device.torch_device)
@@ -155,11 +165,25 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is no causal language model for Transformers: {error}"
         ) from error
+    _refuse_states(model)
     for pattern, kept in model._get_dtype_plan(dtype).items():
         for name, parameter in model.named_parameters():
             if re.search(pattern.replace("*", ".*"), name):
                 parameter.data = parameter.data.to(kept)
     return model.eval().requires_grad_(False)
+
+
+def _refuse_states(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if states := _STATES & set(getattr(config, "layer_types", None) or ()):
+        what = f"layers with a state ({', '.join(sorted(states))})"
+    elif getattr(model, "_is_stateful", False):
+        what = "layers with a recurrent state"
+    elif config.is_encoder_decoder:
+        what = "an encoder beside its decoder"
+    else:
+        return
+    raise UnsupportedModelError(f"{type(model).__name__} has {what}, which is not built yet")
 
 
 def use(model: PreTrainedModel, implementation: str) -> None:

@@ -65,10 +65,6 @@ class Entry:
         """Bytes of the tensor."""
         return self.end - self.begin
 
-    def same_bytes(self, other: Entry) -> bool:
-        """Whether both hold the same bytes."""
-        return self.nbytes == other.nbytes and torch.equal(*(e._as_bytes().load() for e in (self, other)))
-
     def load(self) -> Tensor:
         """The tensor, on the host."""
         tensor = torch.empty(self.shape, dtype=self.dtype)

@@ -62,18 +62,16 @@ class _Merge:
         return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
 
     def slices(self, target: Tensor) -> list[Job] | None:
-        """Where each entry goes within `target` if they are only stacked, and parts of them joined; None if not."""
-        if [(type(op), op.dim) for op in self.converter.operations] not in _STACKED[: len(self.sources)]:
+        """Where each entry goes within `target`, if they are only stacked, and stacks joined; None otherwise."""
+        stacked = [(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]
+        if [(type(op), getattr(op, "dim", None)) for op in self.converter.operations] not in stacked:
             return None
         jobs, begin = [], 0
-        for pattern in self.converter.source_patterns:
-            rows = self.sources[pattern][0].shape[0]
-            jobs += [(e, target[i].narrow(0, begin, rows)) for i, e in enumerate(self.sources[pattern])]
+        for entries in (self.sources[p] for p in self.converter.source_patterns if p in self.sources):
+            rows = entries[0].shape[0]
+            jobs += [(entry, target[i].narrow(0, begin, rows)) for i, entry in enumerate(entries)]
             begin += rows
         return jobs
-
-
-_STACKED = [[(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]]
 
 
 class LoadPlan:
@@ -125,7 +123,7 @@ class LoadPlan:
         for name in list(self._direct):
             other = first.setdefault(id(targets[name]), name)
             if other != name:
-                if self._direct[name].same_bytes(self._direct[other]):
+                if torch.equal(self._direct[name].load(), self._direct[other].load()):
                     self.nbytes -= self._direct.pop(name).nbytes
                 else:
                     path, _, attribute = name.rpartition(".")

@@ -49,10 +49,6 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         module._buffers[name] = module._buffers[name].to(device)
 
 
-def settle_ties(model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
-    """Untie parameters that the configuration ties and the checkpoint has apart, as Transformers does."""
-
-
 def fill_dummy(model: PreTrainedModel, seed: int) -> None:
     """Random weights that keep activations finite: the same for the same seed, on any device."""
     block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(seed))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.cli.options import add_flags, given
+from engine.extensions.cli.options import add_flags, given
 from engine.config import EngineArgs
 from engine.errors import ConfigError
 

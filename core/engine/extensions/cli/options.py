@@ -18,7 +18,7 @@ def documented(cls: type) -> dict[str, str]:
     """Field name to its sentence in the class's docstring (Google style, ``Args:``)."""
     text = (cls.__doc__ or "").partition("Args:")[2]
     found = re.findall(r"^        (\w+): (.*(?:\n {12,}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(line.split()) for name, line in found}
+    return {name: " ".join(line.replace("``", "").split()) for name, line in found}
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Iterable[str] = ()) -> None:

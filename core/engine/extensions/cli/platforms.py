@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from engine.cli.text import fields, paragraph, size, table
+from engine.extensions.cli.text import fields, paragraph, size, table
 from engine.discovery import PLATFORMS, Plugin, describe, discover
 from engine.errors import EngineError
 from engine.plugins import examine, select_platform

@@ -32,11 +32,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("generate", "complete prompts", "engine.cli.generate"),
-    Command("chat", "talk with a model", "engine.cli.chat"),
-    Command("bench", "measure speed", "engine.cli.bench"),
-    Command("platforms", "list the hardware plugins and what they can do", "engine.cli.platforms"),
-    Command("doctor", "describe this installation, for a bug report", "engine.cli.doctor"),
+    Command("generate", "complete prompts", "engine.extensions.cli.generate"),
+    Command("chat", "talk with a model", "engine.extensions.cli.chat"),
+    Command("bench", "measure speed", "engine.extensions.cli.bench"),
+    Command("platforms", "list the hardware plugins and what they can do", "engine.extensions.cli.platforms"),
+    Command("doctor", "describe this installation, for a bug report", "engine.extensions.cli.doctor"),
 )
 
 

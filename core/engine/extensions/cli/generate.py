@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from engine.cli.options import add_flags, given
+from engine.extensions.cli.options import add_flags, given
 from engine.config import EngineArgs
 from engine.errors import ConfigError
 from engine.request import SamplingParams
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with token ids and times")
     parser.add_argument("--no-stream", action="store_true", help="print a completion once it is whole")
     add_flags(parser, SamplingParams, "sampling", skip=("logits_processors", "detokenize"))
-    add_flags(parser, EngineArgs, "engine")
+    add_flags(parser, EngineArgs, "engine", skip=("seed",))
 
 
 def run(args: argparse.Namespace) -> int:

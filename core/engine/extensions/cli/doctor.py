@@ -16,8 +16,8 @@ from typing import Any
 
 import importlib_metadata
 
-from engine.cli.platforms import selection, survey
-from engine.cli.text import fields, size
+from engine.extensions.cli.platforms import selection, survey
+from engine.extensions.cli.text import fields, size
 from engine.discovery import HOOKS, Plugin, describe, discover
 from engine.errors import EngineError
 from engine.plugins import Hooks

@@ -1,8 +1,10 @@
 """The asynchronous API: many requests at once, the core in a process of its own. The server builds on it.
 
-async with AsyncLLM("path/to/model") as llm:
-    async for output in llm.generate("def fibonacci(n):", SamplingParams(), request_id="1"):
-        print(output.outputs[0].text)
+    from engine.extensions.serving import AsyncLLM
+
+    async with AsyncLLM("path/to/model") as llm:
+        async for output in llm.generate("def fibonacci(n):", SamplingParams(), request_id="1"):
+            print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from engine import core_process as wire
+from engine.extensions.serving import core_process as wire
 from engine import errors
 from engine.config import EngineArgs
 from engine.errors import EngineDeadError, EngineError, RequestError

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from engine.cli.options import add_flags, given
+from engine.extensions.cli.options import add_flags, given
 from engine.config import EngineArgs
 from engine.errors import RequestError
 from engine.request import SamplingParams
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system message to begin with")
     parser.add_argument("--chat-template", help="Jinja source that replaces the tokenizer's chat template")
     add_flags(parser, SamplingParams, "sampling", skip=("n", "logits_processors", "detokenize"))
-    add_flags(parser, EngineArgs, "engine")
+    add_flags(parser, EngineArgs, "engine", skip=("seed",))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """The engine core in a process of its own, and the messages that it exchanges.
 
-A socket pair carries msgpack frames behind a four-byte length; nothing is pickled. The child is started as a plain
-``python -m engine.core_process``, so a user's script needs no main guard. It ends when the socket closes, whatever it
-is doing then, so it never outlives its parent.
+A socket pair carries msgpack frames behind a four-byte length; nothing is pickled. The child is a plain ``python -m``
+of this module, so a user's script needs no main guard. It ends when the socket closes, whatever it is doing then, so it
+never outlives its parent.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         child = subprocess.Popen(
-            [sys.executable, "-m", "engine.core_process", str(theirs.fileno())],
+            [sys.executable, "-m", "engine.extensions.serving.core_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
