@@ -208,6 +208,16 @@ def test_a_shorter_hit_of_one_group_is_checked_by_the_others() -> None:
     assert hit(kv, PROMPT) == 0
 
 
+def test_windows_agree_on_a_hit_that_none_of_them_proposed() -> None:
+    kv = manager(SlidingWindowSpec(2, 3), SlidingWindowSpec(2, 3))
+    table = kv.open(PROMPT)
+    for group, ends in enumerate(((4, 12, 16), (4, 8, 14))):  # where a window's worth is cached
+        for end in ends:
+            (block,) = kv.allocator.allocate(1)
+            kv.allocator.publish(block, (kv._hash(table, 2, end // 2 - 1), group))
+    assert hit(kv, PROMPT) == 4
+
+
 def test_reserve_is_for_all_groups_or_none() -> None:
     kv = manager(FullSpec(4), SlidingWindowSpec(4, 8), num_blocks=8)
     table = kv.open(PROMPT)

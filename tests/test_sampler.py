@@ -203,6 +203,13 @@ def test_each_filter_keeps_what_the_reference_keeps(
     assert (shares[expected == 0] == 0).all()
 
 
+@pytest.mark.parametrize("among", [True, False])
+def test_boundaries_are_exact(among: bool) -> None:
+    assert drawn_shares(np.zeros(8), 1.0, 0.0, 8, 1.0, among=among).tolist() == [1 / 8] * 8
+    half = drawn_shares(np.array([0.0, 1.0, 1.0]) * 1e4, 1.0, 0.0, 3, 0.5, among=among)
+    assert half.tolist() == ([0, 1, 0] if among else [0, 0.5, 0.5])
+
+
 @pytest.mark.parametrize("vocab", [511, 512, 513, 3001, 20_000])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.8), (1500, 1.0), (1500, 0.8), (40, 0.8)])
 def test_wide_vocabularies(vocab: int, top_k: int, top_p: float) -> None:
@@ -285,6 +292,16 @@ def test_bad_words_need_their_whole_beginning() -> None:
     assert one(logits, req) == 3  # the prompt's 1 does not count
     assert one(logits, req, [1]) == 1
     assert one(logits, req, [1, 0]) == 3
+    long = request(bad=[[1, 0, 3]], temperature=0)
+    assert [one(logits, long, output) for output in ([1, 0], [2, 0], [0], [1, 0, 0])] == [2, 3, 3, 3]
+
+
+def test_frequency_counts_and_presence_does_not() -> None:
+    logits, output = [2.0, 1.45, 0.0], [0, 0, 0]
+    assert one(logits, request(temperature=0, presence_penalty=0.5), output) == 0
+    assert one(logits, request(temperature=0, frequency_penalty=0.2), output) == 1
+    assert one(logits, request([0, 0, 0], temperature=0, frequency_penalty=2.0)) == 0  # the prompt does not count
+    assert one(logits, request([0], temperature=0, repetition_penalty=1.4)) == 1
 
 
 def test_appended_tokens_count_for_bad_words_and_processors() -> None:
@@ -361,7 +378,7 @@ def test_a_request_does_not_see_its_neighbours(members: list[tuple[Any, int]], r
 def test_preemption_changes_nothing(preempt: list[bool], params: dict[str, Any], seed: int) -> None:
     vocab, prompt = 64, [1, 2, 2]
     params = {**params, "allowed_token_ids": None, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
-    steady, moved = (Sampler(vocab, 8, torch.device("cpu"), 0) for _ in range(2))
+    steady, moved = (Sampler(vocab, 3, torch.device("cpu"), 0) for _ in range(2))
     req, tokens, row = request(prompt, bad=[[4, 5]], seed=seed, **params), list(prompt), 0
     steady.admit(0, req, tokens)
     moved.admit(0, req, tokens)
@@ -369,7 +386,7 @@ def test_preemption_changes_nothing(preempt: list[bool], params: dict[str, Any],
         if out:
             moved.release(row)
             moved.admit(row, request([9, 9], presence_penalty=2.0), [9, 9, 1, 1])  # somebody else takes row and slot
-            row = (row + 1) % 8
+            row = (row + 1) % 3
             moved.admit(row, req, tokens)
         logits = coarse_logits(0, step, vocab)[None]
         got = [
@@ -503,10 +520,11 @@ def test_a_vocabulary_of_one_and_filters_wider_than_the_vocabulary() -> None:
 def test_the_ends_of_the_unit_interval_draw_tokens_that_have_a_probability(unit: int, among: bool) -> None:
     vocab, column = 151_936, torch.ones(3, 1)
     x = torch.full((3, vocab), -math.inf)
-    x[0, 17], x[1, 1000:1600], x[2, 5::7] = 1.0, 0.0, 3.0
+    x[0, 17], x[1, 1000:1600], x[2, 0], x[2, -1] = 1.0, 0.0, 3.0, 3.0 - 14
     filters = Filters(column.long() * unit, column.long() * 600, column.long() * 2**31, column, column * 0)
     draw = draw_among(x, filters, 600) if among else draw_from_all(x, filters, min_p=False, top_k=False, top_p=False)
     assert bool((x.gather(1, draw[:, None]) > -math.inf).all())
+    assert int(draw[2]) == (0 if unit < 2 else vocab - 1)  # of share 8e-7
 
 
 def test_ids_outside_the_vocabulary_are_ignored_and_an_empty_step_is_fine() -> None:

@@ -291,7 +291,6 @@ def test_the_last_in_order_is_preempted_and_recomputed(policy: Literal["fcfs", "
         if step.freed_rows and preempted is None:
             preempted = step
             assert scheduler.num_waiting == 1
-            assert not step.new_rows, "nobody enters in the step of a preemption"
         for new in step.new_rows:
             if preempted:
                 assert new.request.request_id == victim
@@ -317,14 +316,15 @@ def test_a_preempted_sequence_with_a_token_in_flight_waits_for_it() -> None:
     assert steps[-1].freed_rows == [1]
     assert [work.row for work in steps[-1].work] == [0]
     in_flight = [i for i, step in enumerate(steps) if any(work.row == 1 for work in step.work)]
-    ahead = step_of(scheduler)
-    assert not ahead.new_rows, "c does not overtake it either"
+    scheduler.abort(["a"])
+    assert scheduler.schedule() is None, "there is room now; c does not overtake b either"
     outputs = [scheduler.update(step, result(step)) for step in steps]
     assert [sum(o.request_id == "b" for o in brought) for brought in outputs] == [
         int(i in in_flight) for i in range(len(steps))
     ]
-    scheduler.update(ahead, result(ahead))
-    assert {output.request_id for output in drain(scheduler)} == {"a", "b", "c"}
+    step, _ = run(scheduler)
+    assert [new.request.request_id for new in step.new_rows] == ["b", "c"]
+    assert len(step.new_rows[0].token_ids) == 8 + len(in_flight)
 
 
 def test_a_preempted_sequence_may_end_while_it_waits() -> None:
@@ -379,6 +379,13 @@ def test_prefix_hits_are_skipped_and_counted() -> None:
     assert (step.new_rows[0].num_computed, spans(step)) == (8, [(0, 8, 4, True)])
     assert output.num_cached_tokens == 8
     assert scheduler.stats() == SchedulerStats(1, 0, 3 / 99, 0, 22, 8)
+
+
+def test_a_prompt_that_is_cached_to_the_end_computes_its_last_block() -> None:
+    scheduler = make()
+    for name in "ab":
+        scheduler.add(request(name, list(range(8)), max_tokens=1))
+    assert spans(run(scheduler)[0]) == [(0, 0, 8, True), (1, 4, 4, True)]
 
 
 def test_requests_of_one_step_share_their_prefix() -> None:

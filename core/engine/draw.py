@@ -69,7 +69,7 @@ def draw_among(x: Tensor, filters: Filters, max_k: int) -> Tensor:
     value = x.topk(max_k, -1).values  # [R, K], descending
     w = ((value - value[:, :1]) / filters.temperature).exp_()
     beyond = torch.arange(max_k, device=x.device) >= filters.top_k
-    weight = _fixed_point(w).long().masked_fill_(beyond | (w < filters.min_p), 0)
+    weight = _fixed_point(w, x.shape[1]).long().masked_fill_(beyond | (w < filters.min_p), 0)
     before = weight.cumsum(-1) - weight
     need = _share(weight.sum(-1, keepdim=True), filters.top_p).clamp_(min=1)
     cdf = weight.masked_fill_(before >= need, 0).cumsum(-1)
@@ -77,7 +77,7 @@ def draw_among(x: Tensor, filters: Filters, max_k: int) -> Tensor:
     chosen_value = value.gather(-1, chosen)
     nth = chosen - (value > chosen_value).sum(-1, keepdim=True)
     hits = (x == chosen_value).cumsum(-1, dtype=torch.int32)
-    return torch.searchsorted(hits, (nth + 1).int()).squeeze(-1).clamp_(max=x.shape[-1] - 1)
+    return torch.searchsorted(hits, (nth + 1).int()).squeeze(-1).clamp_(max=x.shape[1] - 1)
 
 
 def draw_from_all(x: Tensor, filters: Filters, *, min_p: bool, top_k: bool, top_p: bool) -> Tensor:
@@ -93,7 +93,7 @@ def draw_from_all(x: Tensor, filters: Filters, *, min_p: bool, top_k: bool, top_
     num_rows, vocab = x.shape
     blocks = torch.zeros(num_rows, -(-vocab // _BLOCK), _BLOCK, dtype=torch.int64, device=x.device)
     weight = blocks.view(num_rows, -1)[:, :vocab]
-    weight.copy_(_fixed_point(w))
+    weight.copy_(_fixed_point(w, vocab))
     if top_p:
         need = _share(weight.sum(-1, keepdim=True), filters.top_p).clamp_(min=1)
         weight.masked_fill_(w < _threshold(w, weight, need), 0)
@@ -109,9 +109,9 @@ def draw_from_all(x: Tensor, filters: Filters, *, min_p: bool, top_k: bool, top_
     return token.squeeze(-1).clamp_(max=vocab - 1)
 
 
-def _fixed_point(w: Tensor) -> Tensor:
-    """Weights [R, n] in [0, 1], scaled so that a row's integer parts sum to less than 2**62."""
-    return w * 2.0 ** (62 - w.shape[1].bit_length())
+def _fixed_point(w: Tensor, vocab: int) -> Tensor:
+    """Weights in [0, 1], scaled so that the integer parts of `vocab` of them sum to less than 2**62."""
+    return w * 2.0 ** (62 - vocab.bit_length())
 
 
 def _share(total: Tensor, fraction: Tensor) -> Tensor:

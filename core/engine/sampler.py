@@ -211,7 +211,7 @@ class Sampler:
     def _grow(self) -> int:
         """Double the history, which has slots only for rows that need one, and return a free slot."""
         old, size = self._history, len(self._history)
-        self._history = old.new_zeros(max(4, 2 * size), self.vocab_size)
+        self._history = old.new_zeros(min(max(4, 2 * size), len(self._slot)), self.vocab_size)
         self._history[:size] = old
         self._free = list(range(size, len(self._history)))
         return self._free.pop()

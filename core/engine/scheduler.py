@@ -211,10 +211,8 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can be computed before the next `update` or `add`."""
         plan = _Plan(Step(freed_rows=self._freed_rows), self._config.max_num_batched_tokens)
-        preemptions = self._num_preemptions
         self._continue_running(plan)
-        if self._num_preemptions == preemptions:
-            self._admit_waiting(plan)
+        self._admit_waiting(plan)
         if not plan.sequences:
             return None
         self._freed_rows = []

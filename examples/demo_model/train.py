@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).parent
 COPIES = {"library": 4, "functions": 4, "tests": 1, "lessons": 100, "validation": 1}
@@ -226,7 +226,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"compiled after {compiled:.1f} s", flush=True)
     best, losses = math.inf, []
     with log_path.open("w", newline="", encoding="utf-8") as file:
-        log = csv.writer(file)
+        log = csv.writer(file, lineterminator="\n")
         log.writerow(["step", "tokens", "seconds", "learning_rate", "train_loss", "validation_loss"])
         for step in range(1, settings.steps + 1):
             elapsed = time.monotonic() - begin
@@ -275,8 +275,8 @@ def plot(args: argparse.Namespace) -> None:
             rows = list(csv.DictReader(file))
         tokens = [int(row["tokens"]) / 1e6 for row in rows]
         for name, style in (("train_loss", ":"), ("validation_loss", "-")):
-            losses = [float(row[name]) for row in rows]
-            axes.plot(tokens, losses, f"C{i}{style}", label=f"{path.stem}: {name.replace('_', ' ')}")
+            label = f"{path.stem}, {name.removesuffix('_loss')}"
+            axes.plot(tokens, [float(row[name]) for row in rows], f"C{i}{style}", label=label)
     axes.set(xlabel="training tokens, millions", ylabel="cross entropy, nats per token", ylim=(0, 5))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -290,6 +290,7 @@ def export(args: argparse.Namespace) -> None:
     missing, unexpected = model.load_state_dict(load_file(args.checkpoint), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     model.tie_weights()
+    model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     model.to(torch.bfloat16).save_pretrained(args.to)
 
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizer.json"))

@@ -286,6 +286,7 @@ class TorchAttention(AttentionBackend):
     ) -> None:
         spec = self.spec
         group = spec.num_heads // spec.num_kv_heads
+        scored = self._needs_scores or extras.lse
         end = request.slices[-1].end
         if k is not None and v is not None and request.slices[0].low >= request.start and spec.kv_dtype == spec.dtype:
             # All that the queries see was made in this step.
@@ -299,11 +300,11 @@ class TorchAttention(AttentionBackend):
             rows = slice(request.token + part.begin - request.start, request.token + part.end - request.start)
             seen = slice(part.low - origin, part.high - origin)
             visible = distance = None
-            if not part.everything or spec.alibi:
+            masked = not part.everything and (scored or not part.triangular)
+            if masked or spec.alibi:
                 at = torch.arange(part.begin, part.end, device=q.device)[:, None]
                 keys_at = torch.arange(part.low, part.high, device=q.device)
-                if not part.everything:
-                    visible = ((keys_at <= at) & (keys_at >= _low(spec, at)))[None]
+                visible = ((keys_at <= at) & (keys_at >= _low(spec, at)))[None] if masked else None
                 distance = (keys_at - at)[None] if spec.alibi else None
             attended, logsum = self._attend(
                 q[rows].view(-1, spec.num_kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)[None],

@@ -80,9 +80,7 @@ class TorchCommunicator(Communicator):
         if self._pg is None or self._device.type != "cpu":
             return
         mine = _encode([call, str(x.dtype), list(shape), list(send), list(receive)], 256 + 64 * self.size)
-        every = torch.empty(self.size, mine.numel(), dtype=torch.uint8)
-        _all_gather(every, mine, group=self._pg)
-        calls = [_decode(row) for row in every]
+        calls = [_decode(row) for row in self._gather(mine)]
         same = all(c[:3] == calls[0][:3] for c in calls)
         if not same or any(a[3][r] != b[4][s] for s, a in enumerate(calls) for r, b in enumerate(calls) if send):
             shown = "\n".join(
@@ -121,10 +119,14 @@ class TorchCommunicator(Communicator):
             if x.shape[dim] < shape[dim]:
                 mine = x.new_empty(shape)
                 mine.narrow(dim, 0, x.shape[dim]).copy_(x)
-            every = x.new_empty(self.size, *shape)
-            if every.numel():
-                _all_gather(every, mine, group=self._pg)
+            every = self._gather(mine)
         return torch.cat([part.narrow(dim, 0, width) for part, width in zip(every, widths, strict=True)], dim)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        every = x.new_empty(self.size, *x.shape)
+        if x.numel():
+            _all_gather(every, x[None], group=self._pg)
+        return every
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
         """See `Communicator.reduce_scatter`."""

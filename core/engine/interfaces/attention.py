@@ -72,10 +72,14 @@ class AttentionBatch:
     Tensors named ``*_host`` live in host memory and equal their device twins; a plan may read them without a
     synchronisation.
 
+    A captured graph pads: tokens from ``query_start[R]`` on belong to no request, and a request of length 0 has one
+    token among the decodes. Their slots lie in block 0; the former's output is not written, the latter's is not read.
+
     Attributes:
         query_start: int32 [R + 1] on the device; request r owns tokens ``query_start[r]:query_start[r + 1]``.
         seq_lens: int32 [R] on the device; tokens of each request once this step's are written.
-        block_table: int32 [R, W] on the device; block 0 stands for "no block" and is never read within the mask.
+        block_table: int32 [R, W] on the device; block 0 stands for "no block" and is never read within the mask;
+            columns past a request's last block hold any block's id.
         slots: int64 [N] on the device; where token n is written: ``block * block_size + offset``.
         query_start_host, seq_lens_host: the same in host memory.
         num_decodes: leading requests with exactly one query token.

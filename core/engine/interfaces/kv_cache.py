@@ -34,8 +34,9 @@ class KVLayout(ABC):
 
         Args:
             storage: uint8 [num_blocks * padded block bytes] on the device, contiguous, 256-byte aligned, not
-                initialised. Another layout may view the same bytes; the block ids in use keep them apart, so every
-                layout must keep block i within bytes that no other block of the same padded size uses.
+                initialised; the padded size is a multiple of 256. Another layout may view the same bytes; the block
+                ids in use keep them apart, so every layout must keep block i within bytes that no other block of the
+                same padded size uses.
             num_blocks: blocks in the slice, block 0 included, which is never written for a real token.
         """
 

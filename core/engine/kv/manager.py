@@ -98,8 +98,8 @@ class KVCacheManager:
                 hit = self._specs[g].longest_hit(partial(self._page, table, g), hit, self._align)
         blocks = []
         for g, spec in enumerate(self._specs):
-            dead, end = (spec.num_dead(hit), hit // spec.block_size) if hit else (0, 0)
-            blocks.append([0] * dead + [self._page(table, g, i) for i in range(dead, end)])
+            dead = spec.num_dead(hit)
+            blocks.append([0] * dead + [self._page(table, g, i) for i in range(dead, hit // spec.block_size)])
         return Prefix(hit, blocks)
 
     def has_room(self, num_sequences: int, needed: int = 0) -> bool:

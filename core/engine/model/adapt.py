@@ -1,7 +1,7 @@
 """From a folder to a model that runs on a platform: the swaps in order. Read `load_model` as a recipe.
 
-The modelling code is Transformers' own. What it calls for attention, experts and linear layers is exchanged, so that one
-step of many requests runs as one flattened sequence of tokens.
+The modelling code is Transformers' own. What it calls for attention, experts and linear layers is exchanged, so that
+one step of many requests runs as one flattened sequence of tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from engine.model.attention import AttentionLayer, StepContext
 from engine.model.checkpoint import read_index
 from engine.model.config import ModelSource, max_model_len, read_config, resolve_dtype
 from engine.model.linear import fuse, pack
-from engine.model.load import LoadPlan
+from engine.model.load import LoadPlan, allocate, fill_dummy
 from engine.model.probe import Observations
-from engine.model.storage import allocate, fill_dummy
 
 _STATES = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
 """Names in a configuration's `layer_types` of layers that keep more of a sequence than keys and values."""
@@ -64,13 +63,10 @@ class AdaptedModel:
             [S, V] in the model's dtype, after whatever the model does to its logits.
         """
         if self._keeps_logits:
-            return self.run(input_ids, position_ids, logits_to_keep=logits_index).logits[0]  # type: ignore[no-any-return]
-        return self.run(input_ids, position_ids).logits[0, logits_index]  # type: ignore[no-any-return]
-
-    def attach(self, seen: Observations, platform: Platform, kv_dtype: torch.dtype) -> None:
-        """Take over what a probe saw: the attention layers, with the platform's backends, and the size of the vocabulary."""
-        self.vocab_size = seen.vocab_size
-        self.attention_layers = attention.attach(self.model, seen, platform, kv_dtype, self.context)
+            logits: Tensor = self.run(input_ids, position_ids, logits_to_keep=logits_index).logits[0]
+            return logits
+        logits = self.run(input_ids, position_ids).logits[0]
+        return logits[logits_index]
 
     def run(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Any:
         """The model's own output for the flattened tokens of a batch, int64 [N], with a batch dimension of 1."""
@@ -78,6 +74,11 @@ class AdaptedModel:
         return self.model(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, return_dict=True, **arguments
         )
+
+    def attach(self, seen: Observations, platform: Platform, kv_dtype: torch.dtype) -> None:
+        """Take over what a probe saw: the size of the vocabulary, and attention, with the platform's backends."""
+        self.vocab_size = seen.vocab_size
+        self.attention_layers = attention.attach(self.model, seen, platform, kv_dtype, self.context)
 
 
 def load_model(source: ModelSource, platform: Platform, *, progress: bool = False) -> AdaptedModel:
@@ -119,6 +120,57 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     return adapted
 
 
+def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights: parameters on `meta`, in their final dtypes; buffers too.
+
+    Raises `UnsupportedModelError` where it is no causal language model, or keeps more than keys and values.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+    with torch.device("meta"), init.meta_device_safe_creation_ops():
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **options
+            )
+        except ValueError as error:
+            # The text part of a larger model, saved by itself, is known by its class only.
+            name = (config.architectures or [""])[0]
+            if not name.endswith("ForCausalLM") or not hasattr(transformers, name):
+                raise UnsupportedModelError(
+                    f"Transformers {transformers.__version__} has no causal language model for {config.model_type!r}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+            model = getattr(transformers, name)._from_config(config, **options)
+    _refuse_states(model)
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, parameter in model.named_parameters():
+            if re.search(pattern.replace("*", ".*"), name):
+                parameter.data = parameter.data.to(kept)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def use(model: PreTrainedModel, implementation: str) -> None:
+    """Let every part of `model` find its attention and experts functions under the name `implementation`."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config._attn_implementation = implementation
+            config._experts_implementation = implementation
+
+
+def _refuse_states(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if states := _STATES & set(getattr(config, "layer_types", None) or ()):
+        what = f"layers with a state ({', '.join(sorted(states))})"
+    elif getattr(model, "_is_stateful", False):
+        what = "layers with a state"
+    elif config.is_encoder_decoder:
+        what = "an encoder beside its decoder"
+    else:
+        return
+    raise UnsupportedModelError(f"{type(model).__name__} has {what}, which is not built yet")
+
+
 def _observe_without_data(adapted: AdaptedModel) -> Observations | None:
     """What a probe sees before there are weights; None where the model's code looks at data."""
     try:
@@ -128,68 +180,25 @@ def _observe_without_data(adapted: AdaptedModel) -> Observations | None:
 
 
 def _check_tokens_apart(adapted: AdaptedModel, device: torch.device) -> None:
-    """Raise `UnsupportedModelError` unless what a token becomes depends on nothing but its id, its position, and attention.
+    """Raise `UnsupportedModelError` if a token's logits depend on more than its id, its position, and attention.
 
     The engine runs many sequences as one, and only its attention knows where one ends. So equal tokens at equal
-    positions must come out equal wherever they stand, whatever stands beside them. Here attention keeps tokens apart.
+    positions must come out equal wherever they stand and whatever stands beside them; attention, which has no plans
+    yet, keeps them apart here.
     """
     a, b, c, d = (adapted.vocab_size * i // 5 for i in (4, 2, 3, 1))
     pad = getattr(adapted.config.get_text_config(), "pad_token_id", None)
+    beside = (c, pad if pad is not None and 0 <= pad < adapted.vocab_size else d)
     positions = torch.tensor([0, 1, 2, 1, 0], device=device)
-    every = torch.arange(5, device=device)
+    index = torch.arange(5, device=device)
     first, other = (
-        adapted.forward(torch.tensor([a, b, middle, b, a], device=device), positions, every).float()
-        for middle in (c, pad if pad is not None and 0 <= pad < adapted.vocab_size else d)
+        adapted.forward(torch.tensor([a, b, middle, b, a], device=device), positions, index).nan_to_num()
+        for middle in beside
     )
     tolerance = (1e-3 if first.dtype == torch.float32 else 2e-2) * first.abs().max()
-    same = torch.cat((first[:2] - first[3:].flip(0), first[:2] - other[:2], first[3:] - other[3:]))
-    if not (same.abs() <= tolerance).all():
+    differences = torch.cat((first[:2] - first[3:].flip(0), first[:2] - other[:2], first[3:] - other[3:]))
+    if not (differences.abs() <= tolerance).all():
         raise UnsupportedModelError(
-            f"{type(adapted.model).__name__} lets tokens meet outside of attention (in a recurrent state, a convolution or "
-            "attention of its own), or counts positions by itself; support for that is not built yet"
+            f"{type(adapted.model).__name__} lets tokens meet outside of attention (in a state, a convolution "
+            "or attention of its own), or counts positions by itself; support for that is not built yet"
         )
-
-
-def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without weights: parameters on `meta`, in their final dtypes; buffers too."""
-    options = {"dtype": dtype, "attn_implementation": "eager"}
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    model: PreTrainedModel
-    try:
-        with torch.device("meta"), init.meta_device_safe_creation_ops():
-            if type(config) not in AutoModelForCausalLM._model_mapping and getattr(named, "config_class", None) is type(config):
-                model = named._from_config(config, **options)
-            else:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is no causal language model for Transformers: {error}"
-        ) from error
-    _refuse_states(model)
-    for pattern, kept in model._get_dtype_plan(dtype).items():
-        for name, parameter in model.named_parameters():
-            if re.search(pattern.replace("*", ".*"), name):
-                parameter.data = parameter.data.to(kept)
-    return model.eval().requires_grad_(False)
-
-
-def _refuse_states(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
-    if states := _STATES & set(getattr(config, "layer_types", None) or ()):
-        what = f"layers with a state ({', '.join(sorted(states))})"
-    elif getattr(model, "_is_stateful", False):
-        what = "layers with a recurrent state"
-    elif config.is_encoder_decoder:
-        what = "an encoder beside its decoder"
-    else:
-        return
-    raise UnsupportedModelError(f"{type(model).__name__} has {what}, which is not built yet")
-
-
-def use(model: PreTrainedModel, implementation: str) -> None:
-    """Let every part of `model` find its attention and experts functions under our names."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            config._attn_implementation = implementation
-            config._experts_implementation = implementation

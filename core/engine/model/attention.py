@@ -187,6 +187,8 @@ def engine_attention(
     Returns:
         [1, N, H, E], and None in place of the weights.
     """
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} makes a mask of its own, which is not built yet")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     handle = module.engine_handle
@@ -227,7 +229,8 @@ def attach(
         owners.setdefault((id(call.key), id(call.value)), layer)
         earlier.append(layer)
     for module, layers in calls.items():
-        module.engine_handle = layers[0].handle if len(layers) == 1 else context.turns(layers)
+        handle: Any = layers[0].handle if len(layers) == 1 else context.turns(layers)
+        module.engine_handle = handle
     return {layer.name: layer for layers in calls.values() for layer in layers}
 
 

@@ -1,7 +1,7 @@
 """Safetensors files: what tensors a folder holds, and their bytes, read where they are wanted.
 
-The format is 8 bytes of header length (little endian), a JSON header, then the tensors' bytes. Files are not mapped into
-memory: mapped pages would count as the process's own while weights are copied out of them.
+The format is 8 bytes of header length (little endian), a JSON header, then the bytes of the tensors. Files are not
+mapped into memory: mapped pages would count as the process's own while weights are copied out of them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Entry:
 
     def read(self, target: Tensor, at: int = 0) -> None:
         """Fill `target` (contiguous, on the host, this dtype) with the elements from `at` on."""
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         position = self.begin + at * self.dtype.itemsize
         try:
             with open(self.file, "rb", buffering=0) as file:

@@ -49,11 +49,11 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     if (quantization := raw.get("quantization_config")) is not None:
         method = quantization.get("quant_method", "unknown")
         raise UnsupportedModelError(
-            f"{source.folder} holds weights quantised with {method!r}, which is not built yet; use the original checkpoint"
+            f"{source.folder} has weights quantised with {method!r}, which is not built yet; use the original ones"
         )
     trusted = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(source.folder, **trusted)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, **trusted)
         if source.hf_overrides:
             config = type(config).from_dict(_merge(raw, source.hf_overrides))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
@@ -72,15 +72,14 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
 
 def resolve_dtype(requested: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype of the weights: as `requested`, or for ``"auto"`` the checkpoint's own, fp32 if it names none."""
-    if requested != "auto":
-        if requested not in DTYPES:
-            raise ConfigError(f"dtype {requested!r} is not one of auto, {', '.join(DTYPES)}")
-        return DTYPES[requested]
-    own = config.dtype or config.get_text_config().dtype or torch.float32
-    dtype = DTYPES.get(own) if isinstance(own, str) else own
-    if dtype not in DTYPES.values():
-        raise ConfigError(f"the checkpoint's dtype is {own}; choose one of {', '.join(DTYPES)} with dtype")
-    return dtype
+    wanted = requested
+    if requested == "auto":
+        own = config.dtype or config.get_text_config().dtype or torch.float32
+        wanted = str(own).removeprefix("torch.")
+    if wanted not in DTYPES:
+        of = "" if wanted == requested else " of the checkpoint"
+        raise ConfigError(f"dtype {wanted!r}{of} is not supported; choose one of {', '.join(DTYPES)}")
+    return DTYPES[wanted]
 
 
 def max_model_len(config: PreTrainedConfig) -> int | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights, Platform
+from engine.model.probe import Observations
 
 IMPLEMENTATION = "engine"
 """The name under which Transformers finds `engine_experts`."""
@@ -40,12 +42,12 @@ _library.impl("experts", _experts, "CompositeExplicitAutograd")
 torch.library.register_fake("engine::experts", lambda x, *_: torch.empty_like(x), lib=_library)
 
 
-def engine_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def engine_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """A layer of experts as Transformers calls it: tokens [N, hidden], ids and weights [N, top_k], to [N, hidden]."""
-    handle = getattr(module, "engine_handle", None)
-    if handle is None:  # what `attach` left to Transformers
-        return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-    return torch.ops.engine.experts(hidden_states, top_k_index, top_k_weights, handle)  # type: ignore[no-any-return]
+    if not hasattr(module, "engine_handle"):  # what `attach` left to Transformers
+        return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    result: Tensor = torch.ops.engine.experts(hidden_states, top_k_index, top_k_weights, module.engine_handle)
+    return result
 
 
 ExpertsInterface.register(IMPLEMENTATION, engine_experts)
@@ -54,25 +56,26 @@ ExpertsInterface.register(IMPLEMENTATION, engine_experts)
 def attach(seen: Observations, platform: Platform) -> None:
     """Make the layers of experts that a probe saw, whose weights are loaded by now, call the platform's method.
 
-    Layers with a norm after each expert keep Transformers' own function, which the contract cannot express.
+    Layers with a norm after each expert keep Transformers' own function: the contract cannot express them.
     """
+    module: Any
     for module, top_k in seen.experts.items():
         if module.has_post_expert_norm:
             continue
-        up = module.gate_up_proj if module.has_gate else module.up_proj
+        up = "gate_up_proj" if module.has_gate else "up_proj"
         weights = ExpertWeights(
-            up=up.data,
+            up=getattr(module, up).data,
             down=module.down_proj.data,
             activate=module._apply_gate if module.has_gate else module.act_fn,
-            up_bias=(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None,
-            down_bias=module.down_proj_bias if module.has_bias else None,
+            up_bias=getattr(module, f"{up}_bias").data if module.has_bias else None,
+            down_bias=module.down_proj_bias.data if module.has_bias else None,
         )
         spec = ExpertsSpec(
-            num_experts=up.shape[0],
+            num_experts=weights.up.shape[0],
             top_k=top_k,
             gated=module.has_gate,
             transposed=module.is_transposed,
-            dtype=up.dtype,
+            dtype=weights.up.dtype,
         )
         number = next(_numbers)
         module.engine_experts = _layers[number] = ExpertsLayer(platform.experts(spec), weights)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon import modeling_falcon
 
 from engine.model import probe
 from engine.model.attention import StepContext, engine_attention
@@ -53,8 +54,8 @@ def attend(
 ) -> Tensor:
     """Attention [1, N, H, E] of [1, heads, N, size] tensors: recorded by a probe, the engine's afterwards."""
     function = engine_attention if hasattr(module, "engine_handle") else probe.record_attention
-    dtype = value.dtype
-    return function(module, query.to(dtype), key.to(dtype), value, mask, **kwargs)[0]
+    out: Tensor = function(module, query.to(value.dtype), key.to(value.dtype), value, mask, **kwargs)[0]
+    return out
 
 
 def _heads(x: Tensor, size: int) -> Tensor:
@@ -134,11 +135,10 @@ def _falcon(
     position_embeddings: tuple[Tensor, Tensor],
     **_: Any,
 ) -> Any:
-    rotate = inspect.getmodule(type(self).__mro__[1]).apply_rotary_pos_emb
     query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
     if self.new_decoder_architecture:  # keys and values come repeated for every query head
         key, value = (x[:, :: self.num_heads // self.num_kv_heads] for x in (key, value))
-    query, key = rotate(query, key, *position_embeddings)
+    query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
     return self.dense(attend(self, query, key, value, attention_mask).flatten(2)), None
 
 

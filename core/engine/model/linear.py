@@ -8,9 +8,10 @@ keep their names and hold views of the one weight, so a checkpoint streams strai
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,17 +24,18 @@ class Projection(nn.Module):
 
     Attributes:
         members: the layers, in the order of their rows.
-        weight: [rows of all members, in]; `bias`: the same rows, or None.
+        weight: [rows of all members, in].
+        bias: the same rows, or None.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.sizes = [linear.out_features for linear in linears]
         self.weight, self.bias = linears[0].weight, linears[0].bias
         self.members = [Member(self, index, linear) for index, linear in enumerate(linears)]
+        self._sizes = [linear.out_features for linear in linears]
         self._method: LinearMethod | None = None
         self._packed: object = None
         self._input: Tensor | None = None
@@ -47,32 +49,43 @@ class Projection(nn.Module):
 
     def slice(self, x: Tensor, index: int) -> Tensor:
         """What member `index` makes of x; computed once for all members that are called with the same tensor."""
-        if len(self.sizes) == 1:
-            return self(x)
+        if len(self._sizes) == 1:
+            return self.forward(x)
         if self._input is not x or self._slices[index] is None:
-            self._slices = list(self(x).split(self.sizes, -1))
-        result, self._slices[index] = self._slices[index], None
+            self._slices = list(self.forward(x).split(self._sizes, -1))
+        result = self._slices[index]
+        assert result is not None
+        self._slices[index] = None
         self._input = None if all(rest is None for rest in self._slices) else x
         return result
 
-    def store(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take storage [rows, in] and [rows]; the members view their part of it."""
+    def allocate(self, device: torch.device) -> None:
+        """Make storage for all rows, not initialised."""
+        rows = sum(self._sizes)
+        weight = self.weight.new_empty(rows, self.weight.shape[1], device=device)
+        self._store(weight, None if self.bias is None else self.bias.new_empty(rows, device=device))
+
+    def pack(self, method: LinearMethod) -> None:
+        """Give the loaded weight to `method`. Only shapes and dtypes stay behind, for code that asks for them."""
+        bias = None if self.bias is None else self.bias.data
+        self._packed = method.pack(self.weight.data, bias)
+        self._method = method
+        self._store(self.weight.data.to("meta"), None if bias is None else bias.to("meta"))
+
+    def _store(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = _frozen(weight), None if bias is None else _frozen(bias)
         begin = 0
         for member in self.members:
             member.weight = _frozen(weight.narrow(0, begin, member.out_features))
-            member.bias = None if bias is None else _frozen(bias.narrow(0, begin, member.out_features))
+            if bias is not None:
+                member.bias = _frozen(bias.narrow(0, begin, member.out_features))
             begin += member.out_features
-
-    def pack(self, method: LinearMethod) -> None:
-        """Give the loaded weight to `method`. Only shapes and dtypes stay behind, for code that asks for them."""
-        self._packed = method.pack(self.weight.data, None if self.bias is None else self.bias.data)
-        self._method = method
-        self.store(self.weight.data.to("meta"), None if self.bias is None else self.bias.data.to("meta"))
 
 
 class Member(nn.Linear):
     """Stands in the model where a linear layer stood, and takes its rows of a `Projection`."""
+
+    projection: Projection
 
     def __init__(self, projection: Projection, index: int, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -81,9 +94,9 @@ class Member(nn.Linear):
         self.index = index
         self.__dict__["projection"] = projection  # not a submodule: its parameters are the members'
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out]."""
-        return self.projection.slice(x, self.index)  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [..., in] to [..., out]."""
+        return self.projection.slice(input, self.index)
 
 
 def fuse(model: nn.Module, seen: Observations, *, all_linears: bool) -> list[Projection]:
@@ -95,19 +108,19 @@ def fuse(model: nn.Module, seen: Observations, *, all_linears: bool) -> list[Pro
     Args:
         model: on `meta`.
         seen: the observations of a probe.
-        all_linears: also wrap layers that stand alone, for a platform that packs weights.
+        all_linears: also wrap layers that stand alone, for a platform that packs weights. Layers that the probe did not
+            see stay as they are.
     """
-    users: defaultdict[int, int] = defaultdict(int)
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        users[id(parameter)] += 1
+    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     projections = []
     for parent in list(model.modules()):
         groups: defaultdict[object, list[tuple[str, nn.Linear]]] = defaultdict(list)
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and users[id(child.weight)] == 1:
-                inputs = tuple((id(x), version) for x, version in seen.linears.get(child, ()))
-                alike = (inputs or name, child.in_features, child.weight.dtype, child.bias is None)
-                groups[alike].append((name, child))
+            if child not in seen.linears or any(users[id(p)] > 1 for p in child.parameters()):
+                continue
+            assert isinstance(child, nn.Linear)
+            inputs = tuple((id(x), version) for x, version in seen.linears[child])
+            groups[inputs, child.in_features, child.weight.dtype, child.bias is None].append((name, child))
         for group in groups.values():
             if len(group) > 1 or all_linears:
                 projection = Projection([child for _, child in group])

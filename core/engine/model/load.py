@@ -1,18 +1,19 @@
 """Weights: from a checkpoint straight into their final storage.
 
-A plan is made and checked first, from headers alone: under which name each tensor belongs, what Transformers renames or
-merges, what is missing. Then every tensor is read once, into its place where dtype and device agree, and through a small
-staging buffer otherwise.
+A plan is made and checked first, from headers alone: where each tensor belongs, what Transformers renames or merges,
+what is missing. Then storage is allocated, and every tensor read once: into its place where dtype and device agree,
+through a small staging buffer otherwise.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,15 @@ from transformers.core_model_loading import (
 from engine.errors import CheckpointError
 from engine.interfaces import Device
 from engine.model.checkpoint import Entry
+from engine.model.linear import Projection
 
 _STAGING_BYTES = 16 << 20
 _THREADS = 4
+_NOISE = (1 << 20) + 7  # odd, so that the rows of a matrix do not repeat
+_OTHER_MODEL = "config.json and the weights are not of the same model"
 
 Job = tuple[Entry, Tensor]
-"""An entry, and the tensor that takes it; the tensor is contiguous."""
+"""An entry, and the tensor that takes it, which is contiguous."""
 
 
 @dataclass
@@ -45,11 +49,10 @@ class _Merge:
 
     converter: WeightConverter
     sources: dict[str, list[Entry]] = field(default_factory=dict)
-    made: dict[str, Tensor] = field(default_factory=dict)  # on `meta`
 
     def make(self, model: PreTrainedModel, name: str, load: Callable[[Entry], Tensor]) -> dict[str, Tensor]:
-        """The tensors by the names of their places."""
-        converter = deepcopy(self.converter)
+        """The tensors by the names of their places, the first of which is `name`."""
+        converter: Any = deepcopy(self.converter)
         for pattern, entries in self.sources.items():
             for entry in entries:
                 converter.add_tensor(name, entry.name, pattern, lambda entry=entry: load(entry))
@@ -57,7 +60,7 @@ class _Merge:
             made = converter.convert(name, model=model, config=model.config)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             raise CheckpointError(
-                f"the tensors that make {name!r} do not fit together: {error}; the checkpoint is damaged, or of another model"
+                f"the tensors that make {name!r} do not fit together: {error}; {_OTHER_MODEL}"
             ) from error
         return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
 
@@ -75,17 +78,16 @@ class _Merge:
 
 
 class LoadPlan:
-    """Which entry of a checkpoint goes where in `model`, which may still be on `meta`.
+    """Which entry of a checkpoint goes where in a model, which is still on `meta`.
 
-    Raises `CheckpointError` naming the tensors that are missing, left over, or of another shape, and the reason. Where
-    the configuration ties parameters whose values differ in the checkpoint, they are untied, as Transformers does.
+    Where the configuration ties parameters whose values differ in the checkpoint, they are untied, as Transformers
+    does. Raises `CheckpointError` naming the tensors that are missing, left over, or of another shape, and the reason.
     """
 
     def __init__(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
         self._model = model
         self._direct: dict[str, Entry] = {}
         self._merges: dict[str, _Merge] = {}
-        self.nbytes = 0
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
         unexpected = self._assign(entries, targets)
         found: dict[str, Entry | Tensor] = dict(self._direct)
@@ -96,7 +98,7 @@ class LoadPlan:
         _check_complete(model, targets, set(found), unexpected)
         self._settle_ties(targets)
 
-    def _assign(self, entries: Mapping[str, Entry], targets: Mapping[str, Tensor]) -> set[str]:
+    def _assign(self, entries: Mapping[str, Entry], targets: dict[str, Tensor]) -> set[str]:
         """Sort the entries by what is to be done with them; those that have no place are returned."""
         model, unexpected = self._model, set()
         transforms = get_model_conversion_mapping(model)
@@ -109,9 +111,7 @@ class LoadPlan:
                 name, pattern = rename_source_key(source, [], [], model.base_model_prefix, targets)
             if name not in targets:
                 unexpected.add(name)
-                continue
-            self.nbytes += entries[source].nbytes
-            if pattern is None:
+            elif pattern is None:
                 self._direct[name] = entries[source]
             else:
                 merge = self._merges.setdefault(name, _Merge(by_pattern[pattern]))
@@ -120,17 +120,18 @@ class LoadPlan:
 
     def _settle_ties(self, targets: Mapping[str, Tensor]) -> None:
         first: dict[int, str] = {}
-        for name in list(self._direct):
+        for name, entry in list(self._direct.items()):
             other = first.setdefault(id(targets[name]), name)
-            if other != name:
-                if torch.equal(self._direct[name].load(), self._direct[other].load()):
-                    self.nbytes -= self._direct.pop(name).nbytes
-                else:
-                    path, _, attribute = name.rpartition(".")
-                    setattr(self._model.get_submodule(path), attribute, nn.Parameter(targets[name].data, requires_grad=False))
+            if other == name:
+                continue
+            if torch.equal(entry.load(), self._direct[other].load()):
+                del self._direct[name]
+            else:
+                path, _, attribute = name.rpartition(".")
+                setattr(self._model.get_submodule(path), attribute, _frozen(targets[name].data))
 
     def fill(self, device: Device, *, progress: bool = False) -> None:
-        """Read the weights into the model's parameters and persistent buffers, which have their final storage.
+        """Read the weights into the model's parameters and persistent buffers, which have their storage by now.
 
         Needs, beyond the weights, the staging buffers and the sources of one merged tensor at a time.
         """
@@ -142,54 +143,66 @@ class LoadPlan:
                 jobs += stacked
             else:
                 merges[name] = merge
-        local = threading.local()
+        nbytes = {name: sum(e.nbytes for es in merge.sources.values() for e in es) for name, merge in merges.items()}
+        bar = tqdm(
+            total=sum(entry.nbytes for entry, _ in jobs) + sum(nbytes.values()),
+            desc="Loading weights",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,  # None: quiet unless standard error is a terminal
+        )
+        staging = _Staging(device)
 
-        def fill(job: Job) -> None:
-            if not hasattr(local, "staging"):
-                device.activate()
-                local.staging = device.host_buffer((_STAGING_BYTES,), torch.uint8)
-            _fill(*job, local.staging)
+        def read(job: Job) -> None:
+            staging.read(*job)
             bar.update(job[0].nbytes)
 
-        quiet = None if progress else True  # None: quiet unless standard error is a terminal
-        bar = tqdm(total=self.nbytes, desc="Loading weights", unit="B", unit_scale=True, disable=quiet)
         with bar, torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(fill, sorted(jobs, key=lambda job: (str(job[0].file), job[0].begin))):
+            for _ in pool.map(read, sorted(jobs, key=lambda job: (str(job[0].file), job[0].begin))):
                 pass
             for name, merge in merges.items():
                 for target, tensor in merge.make(self._model, name, Entry.load).items():
                     targets[target].copy_(tensor)
-                bar.update(sum(entry.nbytes for entries in merge.sources.values() for entry in entries))
+                bar.update(nbytes[name])
         device.synchronize()
 
 
-def _fill(entry: Entry, target: Tensor, staging: Tensor) -> None:
-    """Read `entry` into `target`: into place, or through `staging` (uint8, on the host) a piece at a time."""
-    if target.device == staging.device and target.dtype == entry.dtype:
-        entry.read(target)
-        return
-    step = staging.numel() // entry.dtype.itemsize
-    flat = target.view(-1)
-    for begin in range(0, flat.numel(), step):
-        piece = flat[begin : begin + step]
-        host = staging[: piece.numel() * entry.dtype.itemsize].view(entry.dtype)
-        entry.read(host, begin)
-        piece.copy_(host)
+class _Staging(threading.local):
+    """Reads entries into tensors; what cannot be read in place goes through a buffer that each thread has."""
+
+    def __init__(self, device: Device) -> None:
+        device.activate()
+        self._device = device
+        self._host = device.host_buffer((1,), torch.uint8).device
+        self._buffer: Tensor | None = None
+
+    def read(self, entry: Entry, target: Tensor) -> None:
+        """Fill `target`, which is contiguous, in its own dtype."""
+        if target.device == self._host and target.dtype == entry.dtype:
+            entry.read(target)
+            return
+        if self._buffer is None:
+            self._buffer = self._device.host_buffer((_STAGING_BYTES,), torch.uint8)
+        for begin, piece in _pieces(target.view(-1), _STAGING_BYTES // entry.dtype.itemsize):
+            host = self._buffer[: piece.numel() * entry.dtype.itemsize].view(entry.dtype)
+            entry.read(host, begin)
+            piece.copy_(host)
+
+
+def _pieces(flat: Tensor, step: int) -> Iterable[tuple[int, Tensor]]:
+    return ((begin, flat[begin : begin + step]) for begin in range(0, flat.numel(), step))
 
 
 def _check(found: Entry | Tensor, targets: Mapping[str, Tensor], name: str) -> None:
     """Raise `CheckpointError` unless `found` can be stored as `name`."""
-    where = f"{found.file}: {name!r}" if isinstance(found, Entry) else f"{name!r}, made of several tensors,"
+    what = f"{found.file}: {name!r}" if isinstance(found, Entry) else f"{name!r}, made of several tensors,"
     if name not in targets:
-        raise CheckpointError(f"{where} has no place in the model; config.json and the weights are not of the same model")
-    target = targets[name]
-    if tuple(found.shape) != tuple(target.shape):
-        raise CheckpointError(
-            f"{where} has shape {list(found.shape)}, and the model needs {list(target.shape)}; config.json and the weights "
-            "are not of the same model"
-        )
-    if found.dtype != target.dtype and not (found.dtype.is_floating_point and target.dtype.is_floating_point):
-        raise CheckpointError(f"{where} is {found.dtype}, and the model needs {target.dtype}")
+        raise CheckpointError(f"{what} has no place in the model; {_OTHER_MODEL}")
+    shape, dtype = list(targets[name].shape), targets[name].dtype
+    if list(found.shape) != shape:
+        raise CheckpointError(f"{what} has shape {list(found.shape)}, and the model needs {shape}; {_OTHER_MODEL}")
+    if found.dtype != dtype and not (found.dtype.is_floating_point and dtype.is_floating_point):
+        raise CheckpointError(f"{what} is {found.dtype}, and the model needs {dtype}; {_OTHER_MODEL}")
 
 
 def _check_complete(
@@ -198,15 +211,55 @@ def _check_complete(
     """Raise `CheckpointError` for tensors that are missing or left over, but for those that Transformers ignores."""
     loaded = {id(targets[name]) for name in found}
     missing = {name for name, target in targets.items() if id(target) not in loaded}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    ignorable = SimpleNamespace(missing_keys=missing - parameters, unexpected_keys=unexpected)
-    model._adjust_missing_and_unexpected_keys(ignorable)
-    for names, what in (
-        ((missing & parameters) | ignorable.missing_keys, "lacks"),
-        (ignorable.unexpected_keys, "has, and the model does not,"),
-    ):
+    needed = missing & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    rest: Any = SimpleNamespace(missing_keys=missing - needed, unexpected_keys=unexpected)
+    model._adjust_missing_and_unexpected_keys(rest)
+    for names, what in ((needed | rest.missing_keys, "lacks"), (rest.unexpected_keys, "has, and the model lacks,")):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise CheckpointError(
-                f"the checkpoint {what} {shown}; config.json and the weights are not of the same model, or a file is missing"
-            )
+            raise CheckpointError(f"the checkpoint {what} {shown}; {_OTHER_MODEL}, or a file is missing")
+
+
+def allocate(model: PreTrainedModel, projections: Iterable[Projection], device: torch.device) -> None:
+    """Give the parameters of `model`, all on `meta`, storage on `device`, and its buffers their values.
+
+    Parameters are not initialised. Those that are tied stay so; members of a projection view its storage.
+    """
+    _compute_buffers(model, device)
+    for projection in projections:
+        projection.allocate(device)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = _frozen(torch.empty_like(parameter, device=device))
+                module._parameters[name] = made[id(parameter)]
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Fill buffers by Transformers' own initialisation, which every model has; on the host, as Transformers does."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    for module, name, buffer in buffers:
+        module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    model.initialize_weights()
+    for module, name, _ in buffers:
+        module.register_buffer(name, module.get_buffer(name).to(device), name not in module._non_persistent_buffers_set)
+
+
+def fill_dummy(model: PreTrainedModel, seed: int) -> None:
+    """Random weights that keep activations finite: for the same seed the same on every device."""
+    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        scaled = (noise * parameter.shape[-1] ** -0.5).to(parameter.device, parameter.dtype)
+        for _, piece in _pieces(parameter.data.view(-1), _NOISE):
+            piece.copy_(scaled[: piece.numel()])
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

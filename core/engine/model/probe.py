@@ -117,7 +117,7 @@ def observe(model: PreTrainedModel, run: Callable[[Tensor, Tensor], Any], device
             for module in model.modules():
                 if type(module) is nn.Linear:
                     stack.callback(module.register_forward_pre_hook(record).remove)
-            for context in (torch.no_grad(), device, _WithoutData()):
+            for context in (torch.no_grad(), device, _WithoutData()):  # type: ignore[no-untyped-call]
                 stack.enter_context(context)
             output = run(torch.zeros(NUM_TOKENS, dtype=torch.int64), torch.arange(NUM_TOKENS))
     except UnsupportedModelError:
