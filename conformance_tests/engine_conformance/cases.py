@@ -1,15 +1,15 @@
 """Cases of paged attention: drawn as metadata and a seed, run against the reference inside a poisoned pool.
 
-    canary | block 0 | block 1 | ...                                  | canary
-             poison    owned: tokens, then a poisoned tail, padding      compared bitwise after the call
-                       not owned: NaN
+canary | block 0 | block 1 | ...                                  | canary
+         poison    owned: tokens, then a poisoned tail, padding      compared bitwise after the call
+                   not owned: NaN
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -185,7 +185,7 @@ class Arena:
     Attributes:
         buffer: uint8, canary, pool and canary; `after` is what must be in it once the call is done.
         ignored: part of the buffer where padding tokens may write.
-        q, k, v, sinks, alibi_slopes: on the device.
+        tokens: q, k and v of the step, on the device like `sinks` and `alibi_slopes`.
         expected: of each request.
     """
 
@@ -196,12 +196,10 @@ class Arena:
     after: Tensor
     ignored: slice
     cache: KVCache
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    tokens: tuple[Tensor, ...]
     sinks: Tensor | None
     alibi_slopes: Tensor | None
-    expected: list[Expected] = field(default_factory=list)
+    expected: list[Expected]
 
 
 def bind(layout: KVLayout, num_blocks: int, padding: int, device: torch.device) -> tuple[Tensor, int, int, KVCache]:
@@ -214,111 +212,133 @@ def bind(layout: KVLayout, num_blocks: int, padding: int, device: torch.device) 
     return buffer, begin, pitch, layout.bind(buffer[begin : begin + num_blocks * pitch], num_blocks)
 
 
+@dataclass
+class _Request:
+    """A request's row with its values: q [new, H, D], keys [length, K, D], values [length, K, E], and its blocks."""
+
+    row: Row
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    blocks: list[int]
+
+
+class _Values:
+    """Draws tensors of a case, the same for the same seed."""
+
+    def __init__(self, case: Case) -> None:
+        self.spec = case.spec
+        self.generator = torch.Generator().manual_seed(case.seed)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def tokens(self, count: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of `count` tokens, in the dtype of the layer."""
+        spec = self.spec
+        shapes = (
+            (spec.num_heads, spec.head_dim),
+            (spec.num_kv_heads, spec.head_dim),
+            (spec.num_kv_heads, spec.v_head_dim),
+        )
+        q, k, v = ((self.randn(count, *shape) * scale).to(spec.dtype) for shape in shapes)
+        return q, k, v
+
+    def poison(self, num_blocks: int, size: int, nan: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks, in the dtype of the cache: NaN, or finite values that would show."""
+        spec = self.spec
+        shapes = ((num_blocks, size, spec.num_kv_heads, dim) for dim in (spec.head_dim, spec.v_head_dim))
+        k, v = (torch.full(s, torch.nan) if nan else self.randn(*s) * _STALE for s in shapes)
+        return k.to(spec.kv_dtype), v.to(spec.kv_dtype)
+
+
 def prepare(backend: AttentionBackend, case: Case, declared: Capabilities, device: torch.device) -> Arena:
     """Draw the values, fill the pool, and compute what must come out."""
-    spec, size = case.spec, case.block_size
-    generator = torch.Generator().manual_seed(case.seed)
-    rng = random.Random(case.seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(spec.dtype)
-
-    spread = 4.0 if case.mode == "sharp" else 1.0
-    qs = [draw(row.new, spec.num_heads, spec.head_dim) * spread for row in case.rows]
-    keys = [draw(row.length, spec.num_kv_heads, spec.head_dim) for row in case.rows]
-    values = [draw(row.length, spec.num_kv_heads, spec.v_head_dim) for row in case.rows]
-    if case.mode == "needle":
-        for q, k in zip(qs, keys, strict=True):
-            plant(spec, q, k, rng)
-    sinks = torch.randn(spec.num_heads, generator=generator) * 2 if spec.sinks else None
-    slopes = torch.rand(spec.num_heads, generator=generator) if spec.alibi else None
+    spec, size, draw, rng = case.spec, case.block_size, _Values(case), random.Random(case.seed)
 
     # Block ids: shuffled and interleaved over the whole pool. Block 0 is nobody's.
     counts = [-(-row.length // size) for row in case.rows]
     num_blocks = 1 + sum(counts) + case.spare_blocks
     free = rng.sample(range(1, num_blocks), num_blocks - 1)
-    owned = [[free.pop() for _ in range(count)] for count in counts]
+    requests = [
+        _Request(row, *_values(case, row, draw, rng), [free.pop() for _ in range(count)])
+        for row, count in zip(case.rows, counts, strict=True)
+    ]
+    sinks = draw.randn(spec.num_heads) * 2 if spec.sinks else None
+    slopes = draw.randn(spec.num_heads).abs() if spec.alibi else None
+
     layout = backend.layout(size)
     buffer, begin, pitch, cache = bind(layout, num_blocks, case.padding, device)
-
-    def fill(target: KVCache, blocks: list[int], k: Tensor, v: Tensor) -> None:
-        layout.import_blocks(target, torch.tensor(blocks, device=device), k.to(device), v.to(device))
-
-    def stale(num: int, nan: bool) -> tuple[Tensor, Tensor]:
-        """Blocks of poison: NaN, or finite values that would show."""
-        k, v = (
-            torch.full((num, size, spec.num_kv_heads, dim), torch.nan) if nan
-            else torch.randn(num, size, spec.num_kv_heads, dim, generator=generator) * _STALE
-            for dim in (spec.head_dim, spec.v_head_dim)
-        )  # fmt: skip
-        return k.to(spec.kv_dtype), v.to(spec.kv_dtype)
-
-    fill(cache, [0], *stale(1, declared.nan_safe))
-    images = []
-    for row, blocks, k, v in zip(case.rows, owned, keys, values, strict=True):
-        image_k, image_v = stale(len(blocks), declared.nan_safe and rng.random() < 0.5)
-        known = row.length if case.reads else row.computed
-        image_k.view(-1, *k.shape[1:])[:known] = k[:known].to(spec.kv_dtype)
-        image_v.view(-1, *v.shape[1:])[:known] = v[:known].to(spec.kv_dtype)
-        fill(cache, blocks, image_k, image_v)
-        images.append((blocks, image_k, image_v))
+    poison = [draw.poison(count, size, declared.nan_safe and rng.random() < 0.5) for count in counts]
+    layout.import_blocks(cache, *_on(device, torch.tensor([0]), *draw.poison(1, size, declared.nan_safe)))
+    for request, tail in zip(requests, poison, strict=True):
+        known = request.row.length if case.reads else request.row.computed
+        layout.import_blocks(cache, *_on(device, *_image(request, known, tail)))
     after = buffer.clone()
     after_cache = layout.bind(after[begin : begin + num_blocks * pitch], num_blocks)
-    for row, (blocks, image_k, image_v), k, v in zip(case.rows, images, keys, values, strict=True):
-        image_k.view(-1, *k.shape[1:])[: row.length] = k.to(spec.kv_dtype)
-        image_v.view(-1, *v.shape[1:])[: row.length] = v.to(spec.kv_dtype)
-        fill(after_cache, blocks, image_k, image_v)
+    for request, tail in zip(requests, poison, strict=True):
+        layout.import_blocks(after_cache, *_on(device, *_image(request, request.row.length, tail)))
 
-    # Empty rows are decodes too, and come after them.
+    # Empty requests are decodes too, and come after the others.
+    empty = [_Request(Row(0, 1), *draw.tokens(1, _STALE), []) for _ in range(case.empty_rows)]
     num_real = sum(row.new == 1 for row in case.rows)
-    rows = [*case.rows[:num_real], *[Row(-1, 1)] * case.empty_rows, *case.rows[num_real:]]
-    tables = [*owned[:num_real], *[[]] * case.empty_rows, *owned[num_real:]]
-    nothing = (torch.zeros(1, spec.num_heads, spec.head_dim, dtype=spec.dtype), *stale_tokens(spec, 1, generator))
-    news = [
-        (q, k[row.computed :], v[row.computed :])
-        for q, k, v, row in zip(qs, keys, values, case.rows, strict=True)
-    ]  # fmt: skip
-    news[num_real:num_real] = [nothing] * case.empty_rows
-    padding = (draw(case.padding_tokens, spec.num_heads, spec.head_dim), *stale_tokens(spec, case.padding_tokens, generator))
-    q, k, v = (torch.cat(parts).to(device) for parts in zip(*news, padding, strict=True))
-    if case.fused:
-        whole = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
-        q, k, v = (
-            part.unflatten(1, (heads, -1))
-            for part, heads in zip(
-                whole.split([q[0].numel(), k[0].numel(), v[0].numel()], 1),
-                (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads),
-                strict=True,
-            )
-        )
-    arena = Arena(
+    batch = [*requests[:num_real], *empty, *requests[num_real:]]
+    news = [(r.q, r.keys[r.row.computed :], r.values[r.row.computed :]) for r in batch]
+    parts = zip(*news, draw.tokens(case.padding_tokens, _STALE), strict=True)
+    q, k, v = _on(device, *(torch.cat(part) for part in parts))
+    return Arena(
         case=case,
         layout=layout,
-        batch=_batch(spec, size, rows, tables, case.padding_tokens, rng, device, free if declared.nan_safe else [0]),
+        batch=_batch(case, batch, rng, device, free if declared.nan_safe else []),
         buffer=buffer,
         after=after,
         ignored=slice(begin, begin + pitch),
         cache=cache,
-        q=q,
-        k=k,
-        v=v,
+        tokens=_fused(q, k, v) if case.fused else (q, k, v),
         sinks=None if sinks is None else sinks.to(device),
         alibi_slopes=None if slopes is None else slopes.to(device),
+        expected=[
+            attend(
+                spec,
+                request.q,
+                request.keys.to(spec.kv_dtype),
+                request.values.to(spec.kv_dtype),
+                sinks=sinks,
+                alibi_slopes=slopes,
+                numerics=declared.numerics,
+            )
+            for request in requests
+        ],
     )
-    for q, k, v in zip(qs, keys, values, strict=True):
-        stored = k.to(spec.kv_dtype), v.to(spec.kv_dtype)
-        arena.expected.append(
-            attend(spec, q, *stored, sinks=sinks, alibi_slopes=slopes, numerics=declared.numerics)
-        )  # fmt: skip
-    return arena
 
 
-def stale_tokens(spec: AttentionSpec, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Keys and values of tokens that belong to nobody."""
-    return (
-        (torch.randn(count, spec.num_kv_heads, spec.head_dim, generator=generator) * _STALE).to(spec.dtype),
-        (torch.randn(count, spec.num_kv_heads, spec.v_head_dim, generator=generator) * _STALE).to(spec.dtype),
-    )
+def _values(case: Case, row: Row, draw: _Values, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+    q, keys, values = draw.tokens(row.length)
+    q = q[row.computed :] * (4.0 if case.mode == "sharp" else 1.0)
+    if case.mode == "needle":
+        plant(case.spec, q, keys, rng)
+    return q, keys, values
+
+
+def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(device) for x in tensors)
+
+
+def _image(request: _Request, known: int, poison: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The request's blocks once `known` tokens are written, and poison after them, as `import_blocks` takes them."""
+    images = []
+    for background, data in zip(poison, (request.keys, request.values), strict=True):
+        image = background.clone()
+        image.view(-1, *data.shape[1:])[:known] = data[:known].to(image.dtype)
+        images.append(image)
+    return torch.tensor(request.blocks), images[0], images[1]
+
+
+def _fused(*parts: Tensor) -> tuple[Tensor, ...]:
+    """The same values as slices of one tensor, as a fused projection makes them."""
+    whole = torch.cat([x.flatten(1) for x in parts], 1)
+    widths = [x[0].numel() for x in parts]
+    return tuple(piece.view(x.shape) for piece, x in zip(torch.split(whole, widths, 1), parts, strict=True))
 
 
 def plant(spec: AttentionSpec, q: Tensor, keys: Tensor, rng: random.Random) -> None:
@@ -336,30 +356,24 @@ def plant(spec: AttentionSpec, q: Tensor, keys: Tensor, rng: random.Random) -> N
 
 
 def _batch(
-    spec: AttentionSpec,
-    size: int,
-    rows: list[Row],
-    tables: list[list[int]],
-    padding_tokens: int,
-    rng: random.Random,
-    device: torch.device,
-    strangers: list[int],
+    case: Case, requests: list[_Request], rng: random.Random, device: torch.device, strangers: list[int]
 ) -> AttentionBatch:
     # Columns past a request's blocks hold what was there before; blocks that no query sees any more are 0.
-    width = max(map(len, tables)) + 2
+    size, rows = case.block_size, [request.row for request in requests]
+    width = max(len(request.blocks) for request in requests) + 2
     table = torch.tensor([[rng.choice([0, *strangers]) for _ in range(width)] for _ in rows], dtype=torch.int32)
     slots = []
-    for index, (row, blocks) in enumerate(zip(rows, tables, strict=True)):
-        table[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        if blocks:
-            low = int(visible(spec, row.new, row.length)[0].nonzero()[0])
-            table[index, : low // size] = 0
-            slots += [blocks[p // size] * size + p % size for p in range(row.computed, row.length)]
-        else:
+    for index, request in enumerate(requests):
+        row, blocks = request.row, request.blocks
+        if not blocks:
             slots.append(0)
-    slots += [rng.randrange(size) for _ in range(padding_tokens)]
+            continue
+        table[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        table[index, : int(visible(case.spec, row.new, row.length)[0].nonzero()[0]) // size] = 0
+        slots += [blocks[p // size] * size + p % size for p in range(row.computed, row.length)]
+    slots += [rng.randrange(size) for _ in range(case.padding_tokens)]
     starts = torch.tensor([0] + [row.new for row in rows]).cumsum(0).to(torch.int32)
-    seq_lens = torch.tensor([row.length for row in rows], dtype=torch.int32)
+    seq_lens = torch.tensor([r.row.length if r.blocks else 0 for r in requests], dtype=torch.int32)
     return AttentionBatch(
         query_start=starts.to(device),
         seq_lens=seq_lens.to(device),
@@ -376,13 +390,13 @@ def _batch(
 
 def run(backend: AttentionBackend, arena: Arena) -> tuple[Tensor, Tensor | None]:
     """Plan and call the backend; outputs [N, H, E] and [N, H] were filled with a sentinel before."""
-    spec, case = arena.case.spec, arena.case
-    out = torch.full((*arena.q.shape[:2], spec.v_head_dim), _SENTINEL, dtype=spec.dtype, device=arena.q.device)
-    lse = torch.full(arena.q.shape[:2], _SENTINEL, device=arena.q.device) if case.lse else None
+    q, k, v = arena.tokens
+    out = torch.full((*q.shape[:2], v.shape[2]), _SENTINEL, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], _SENTINEL, device=q.device) if arena.case.lse else None
     backend.forward(
-        arena.q,
-        None if case.reads else arena.k,
-        None if case.reads else arena.v,
+        q,
+        None if arena.case.reads else k,
+        None if arena.case.reads else v,
         arena.cache,
         backend.plan(arena.batch),
         out,
@@ -397,23 +411,30 @@ def check(platform: Platform, backend: AttentionBackend, case: Case) -> float:
     """Run a case and check all that it may and may not have changed; returns the worst error over its bound."""
     device = platform.device()
     arena = prepare(backend, case, platform.capabilities(), device.torch_device)
-    inputs = {name: getattr(arena, name) for name in ("q", "k", "v", "sinks", "alibi_slopes")}
-    inputs |= vars(arena.batch)
+    inputs = dict(zip("qkv", arena.tokens, strict=True))
+    inputs |= {"sinks": arena.sinks, "alibi_slopes": arena.alibi_slopes, **vars(arena.batch)}
     before = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
     out, lse = run(backend, arena)
     device.synchronize()
-
     for name, value in before.items():
         assert torch.equal(inputs[name], value), f"the input {name} was changed"
+    _check_pool(arena)
+    return _check_output(arena, out, lse)
+
+
+def _check_pool(arena: Arena) -> None:
     buffer, after = arena.buffer.cpu(), arena.after.cpu()
-    if case.padding_tokens or case.empty_rows:
+    if arena.case.padding_tokens or arena.case.empty_rows:
         buffer[arena.ignored] = after[arena.ignored] = 0
     changed = (buffer != after).nonzero().flatten()
     assert not len(changed), (
         f"{len(changed)} bytes of the pool differ from what the written slots make, the first at {int(changed[0])}; "
         f"the pool begins at {arena.ignored.start} and a block has {arena.ignored.stop - arena.ignored.start} bytes"
     )
-    worst = 0.0
+
+
+def _check_output(arena: Arena, out: Tensor, lse: Tensor | None) -> float:
+    case, worst = arena.case, 0.0
     num_real = sum(row.new == 1 for row in case.rows)
     position = 0
     for index, (row, expected) in enumerate(zip(case.rows, arena.expected, strict=True)):

@@ -24,7 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--platform", action="append", default=[], metavar="NAME", help="platform to certify; may be repeated"
     )
     group.addoption(
-        "--conformance-profile", choices=list(EXAMPLES), default="smoke", help="smoke: minutes; ci: tens of; cert: hours"
+        "--conformance-profile",
+        choices=list(EXAMPLES),
+        default="smoke",
+        help="smoke: minutes; ci: tens of; cert: hours",
     )
 
 
@@ -44,8 +47,13 @@ def platforms(config: pytest.Config) -> dict[str, Platform]:
     return config.stash[_PLATFORMS]
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """End the session at once when a platform that was named cannot run."""
+    platforms(session.config)
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Name what is certified; a platform that cannot run ends the session here."""
+    """Name what is certified."""
     return [
         f"conformance: {name}, contract {platform.contract}, on "
         f"{', '.join(f'{d.index}: {d.name}' for d in platform.probe().devices)}; "

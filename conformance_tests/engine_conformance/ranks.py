@@ -58,8 +58,7 @@ def run_ranks(platform: str, checks: Mapping[str, Check], size: int) -> dict[str
         processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
         for process in processes:
             process.start()
-        found = _collect(processes, failures)
-    return found
+        return _collect(processes, failures)
 
 
 def _collect(processes: list[Any], failures: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 """Half the distance from 1 to the next number: the error of rounding to a dtype, relative."""
 
 TINY = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24, torch.float32: 2.0**-126}
-"""What a dtype may lose near zero: fp16's smallest subnormal; elsewhere the smallest normal, since devices may flush."""
+"""What a dtype may lose near zero: fp16's smallest subnormal; else the smallest normal, as devices may flush."""
 
 FP32 = 2.0**-18
 """What fp32 scores, exponentials and sums may lose, relative to the sum of absolute terms."""

@@ -202,11 +202,8 @@ def test_linear(conformance_platform: Platform, capabilities: Capabilities) -> N
         generator = torch.Generator().manual_seed(0)
         x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((5, 96), (40, 96), (40,)))
         for b in (None, bias):
-            on_device = x.to(device), weight.to(device), None if b is None else b.to(device)
-            if method is None:
-                got = F.linear(*on_device)
-            else:
-                got = method.apply(on_device[0], method.pack(*on_device[1:]))
+            y, w, c = x.to(device), weight.to(device), None if b is None else b.to(device)
+            got = F.linear(y, w, c) if method is None else method.apply(y, method.pack(w, c))
             product = x.double() @ weight.double().T
             offset = torch.zeros(40).double() if b is None else b.double()
             scale = FP32 * (x.double().abs() @ weight.double().abs().T)

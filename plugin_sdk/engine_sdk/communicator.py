@@ -140,7 +140,7 @@ class TorchCommunicator(Communicator):
                 return parts[0]
             result = torch.empty_like(parts[0])
             if result.numel():
-                _reduce_scatter(result, parts, group=self._pg)
+                _reduce_scatter(result[None], parts, group=self._pg)
         return result
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:

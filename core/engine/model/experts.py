@@ -60,7 +60,7 @@ def attach(seen: Observations, platform: Platform) -> None:
     """
     module: Any
     for module, top_k in seen.experts.items():
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):
             continue
         up = "gate_up_proj" if module.has_gate else "up_proj"
         weights = ExpertWeights(

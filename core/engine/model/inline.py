@@ -59,7 +59,7 @@ def attend(
 
 
 def _heads(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+    return x.view(*x.shape[:-1], -1, size).transpose(1, 2)
 
 
 def _attn(scale: Callable[[Any], float]) -> Method:

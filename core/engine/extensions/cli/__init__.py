@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         _top_level(words[: position + 1])
         code = _run(command, words[position + 1 :]) if command else 0
         sys.stdout.flush()
-    except (EngineError, KeyboardInterrupt, BrokenPipeError, ModuleNotFoundError) as error:
+    except (EngineError, KeyboardInterrupt, OSError, ModuleNotFoundError) as error:
         if debug:
             traceback.print_exc()
         return _explain(error, command)
@@ -100,8 +100,11 @@ def _explain(error: BaseException, command: Command | None) -> int:
         case KeyboardInterrupt():
             print("interrupted", file=sys.stderr)
             return 128 + signal.SIGINT
-        case BrokenPipeError():
-            # The reader left, as `head` does. Python flushes again at exit, and must find someone who listens.
+        case OSError():
+            # The reader left, as `head` does, or the disk is full. Python flushes again at exit, and must find room.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     raise error

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.extensions.cli.options import add_flags, given
 from engine.config import EngineArgs
 from engine.errors import ConfigError
+from engine.extensions.cli.options import add_flags, given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

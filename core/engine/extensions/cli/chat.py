@@ -7,9 +7,9 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from engine.extensions.cli.options import add_flags, given
 from engine.config import EngineArgs
 from engine.errors import RequestError
+from engine.extensions.cli.options import add_flags, given
 from engine.request import SamplingParams
 
 _HELP = "/reset starts over, /undo takes the last exchange back, /exit or Ctrl-D leaves, Ctrl-C stops an answer"

@@ -16,10 +16,10 @@ from typing import Any
 
 import importlib_metadata
 
-from engine.extensions.cli.platforms import selection, survey
-from engine.extensions.cli.text import fields, size
 from engine.discovery import HOOKS, Plugin, describe, discover
 from engine.errors import EngineError
+from engine.extensions.cli.platforms import selection, survey
+from engine.extensions.cli.text import fields, size
 from engine.plugins import Hooks
 
 _PACKAGES = ("engine", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "pluggy")

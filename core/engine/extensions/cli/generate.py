@@ -7,9 +7,9 @@ import json
 import sys
 from dataclasses import asdict
 
-from engine.extensions.cli.options import add_flags, given
 from engine.config import EngineArgs
 from engine.errors import ConfigError
+from engine.extensions.cli.options import add_flags, given
 from engine.request import SamplingParams
 
 _DEFAULT_MAX_TOKENS = 128

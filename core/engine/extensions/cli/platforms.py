@@ -7,9 +7,9 @@ import dataclasses
 import json
 from typing import Any
 
-from engine.extensions.cli.text import fields, paragraph, size, table
 from engine.discovery import PLATFORMS, Plugin, describe, discover
 from engine.errors import EngineError
+from engine.extensions.cli.text import fields, paragraph, size, table
 from engine.plugins import examine, select_platform
 
 

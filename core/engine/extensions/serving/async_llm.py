@@ -1,10 +1,10 @@
 """The asynchronous API: many requests at once, the core in a process of its own. The server builds on it.
 
-    from engine.extensions.serving import AsyncLLM
+from engine.extensions.serving import AsyncLLM
 
-    async with AsyncLLM("path/to/model") as llm:
-        async for output in llm.generate("def fibonacci(n):", SamplingParams(), request_id="1"):
-            print(output.outputs[0].text)
+async with AsyncLLM("path/to/model") as llm:
+    async for output in llm.generate("def fibonacci(n):", SamplingParams(), request_id="1"):
+        print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import msgspec
 
-from engine.extensions.serving import core_process as wire
 from engine import errors
 from engine.config import EngineArgs
 from engine.errors import EngineDeadError, EngineError, RequestError
+from engine.extensions.serving import core_process as wire
 from engine.frontend import Frontend, Prompt
 from engine.info import EngineInfo
 from engine.request import RequestOutput, SamplingParams

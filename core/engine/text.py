@@ -1,0 +1,324 @@
+"""Text in and out: the tokenizer, token ids to text while they come, stop strings, and one completion's output.
+
+token ids -> IncrementalDetokenizer -> StopChecker -> CompletionOutput.text
+             holds half characters     holds what may become a stop string
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, RequestError
+from engine.request import CompletionOutput, CoreOutput, Logprob, SamplingParams, TokenLogprobs
+
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no character (yet)
+_CONTEXT = 6  # prompt tokens that are decoded with the first new one
+
+
+class Tokenizer:
+    """A tokenizer of Transformers, with what the engine needs of it.
+
+    Attributes:
+        hf: the tokenizer itself, for everything else.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        self._backend = hf.backend_tokenizer if hf.is_fast else None
+        self._texts: dict[int, str] = {}
+        self._anchor: list[int] = self.encode("a", add_special_tokens=False)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, by default with those that the tokenizer puts around it (such as a first BOS)."""
+        return list(self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`. Ids that the tokenizer does not know, of a padded vocabulary, have none."""
+        if self._backend is not None:
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        known = [i for i in token_ids if i < len(self.hf)]
+        return str(self.hf.decode(known, skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token inside a text: with its leading space, special tokens by name."""
+        if token_id not in self._texts:
+            before = self.decode(self._anchor, skip_special_tokens=False)
+            text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
+            if not text.startswith(before):
+                before, text = "", self.decode([token_id], skip_special_tokens=False)
+            self._texts[token_id] = text[len(before) :]
+        return self._texts[token_id]
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation, by the model's chat template. It has its special tokens already.
+
+        Args:
+            messages: each with a ``"role"`` and a ``"content"``.
+            tools: descriptions of functions, for templates that take them.
+            add_generation_prompt: end with what opens the assistant's turn.
+            chat_template: Jinja source that replaces the model's.
+            continue_final_message: leave the last message open, to be continued; wins over `add_generation_prompt`.
+            variables: further variables of the template.
+
+        Raises:
+            RequestError: there is no template, it is no valid Jinja, or it refuses the messages.
+        """
+        if not messages:
+            raise RequestError("the conversation is empty; it needs at least one message")
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise RequestError(
+                    f'a message is a dictionary like {{"role": "user", "content": "Hello"}}, this one is {message!r}'
+                )
+        if not (chat_template or getattr(self.hf, "chat_template", None)):
+            raise RequestError(
+                "the model's tokenizer has no chat template; pass one as chat_template (Jinja source), or write the "
+                "prompt as plain text and use generate"
+            )
+        try:
+            text = self.hf.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **variables,
+            )
+        except Exception as error:  # Jinja's errors, and whatever a template's own expressions raise
+            raise RequestError(f"the chat template cannot render these messages: {error}") from error
+        return str(text)
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False, vocab_size: int | None = None) -> Tokenizer:
+    """Load the tokenizer in `folder`; nothing is downloaded.
+
+    Args:
+        folder: with tokenizer.json, or what the model's own tokenizer class reads.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        vocab_size: rows of the model's embedding, to check that all ids fit.
+
+    Raises:
+        CheckpointError: there is no tokenizer, it cannot be read, or it has more tokens than the model.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"there is no folder {folder!r} with a tokenizer; name it with the option tokenizer")
+    from transformers import AutoTokenizer  # takes seconds to import, and only those who need text pay
+
+    try:
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        largest = max(hf.get_vocab().values(), default=-1)
+    except Exception as error:  # each kind of tokenizer raises its own
+        raise CheckpointError(
+            f"cannot load the tokenizer in {folder}: {error}. Name another folder with the option tokenizer, or work "
+            f"with token ids only (skip_tokenizer_init)"
+        ) from error
+    if largest < 0:
+        raise CheckpointError(f"the tokenizer in {folder} has no tokens; is tokenizer.json missing?")
+    if vocab_size is not None and largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has token ids up to {largest}, and the model has {vocab_size} embeddings; they "
+            f"do not belong together"
+        )
+    return Tokenizer(hf)
+
+
+class IncrementalDetokenizer:
+    """Turns token ids into text as they come. The pieces joined are the text of all.
+
+    A character is held back until all of its bytes are there. Text is decoded in a window that starts with the tokens
+    of the last piece, since the text of a token depends on the one before it; at first these are of the prompt, so that
+    a word that follows it keeps its space. What a decoder makes of later tokens never changes a piece that is out.
+
+    Args:
+        tokenizer: whose ids.
+        prompt_token_ids: what the new tokens follow.
+        skip_special_tokens: leave them out of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        size = _CONTEXT
+        self._show(prompt_token_ids[-size:])
+        while not self._shown and size < len(prompt_token_ids):  # special tokens alone tell nothing of spaces
+            size *= 2
+            self._show(prompt_token_ids[-size:])
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while half a character waits for the rest."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.endswith(_HALF) or len(text) <= len(self._shown):
+            return ""
+        piece = self._beyond_shown(text)
+        self._show(self._window[self._num_shown :])
+        return piece
+
+    def flush(self) -> str:
+        """The end: what was held back, as far as it is text."""
+        piece = self._beyond_shown(self._decode(self._window))
+        self._show(self._window)
+        return piece
+
+    def _beyond_shown(self, text: str) -> str:
+        shown = self._shown
+        if not text.startswith(shown):
+            # The prompt ended in half a character, which is whole now: it belongs to the new text.
+            shown = shown.rstrip(_HALF)
+        return text[len(shown) :]
+
+    def _show(self, token_ids: Sequence[int]) -> None:
+        """Begin a window with tokens whose text is out."""
+        self._window = list(token_ids)
+        self._num_shown = len(self._window)
+        self._shown = self._decode(self._window)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
+
+
+class StopChecker:
+    """Finds stop strings in text that comes in pieces, and holds back what may become one.
+
+    The stop string that is complete first ends the text; of several that end at the same character, the longest. So the
+    outcome does not depend on how the text was cut into pieces.
+
+    Args:
+        stops: non-empty strings.
+        include: keep the stop string in the text.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self._stops = stops
+        self._include = include
+        self._held = ""
+
+    def push(self, piece: str, armed: bool = True) -> tuple[str, str | None]:
+        """Text that may be shown now, and the stop string that ended it, if one did.
+
+        A stop string counts only if it ends in an `armed` piece.
+        """
+        text, begin = self._held + piece, len(self._held)
+        if armed:
+            found = [(at + len(s), at, s) for s in self._stops if (at := text.find(s, max(0, begin - len(s) + 1))) >= 0]
+            if found:
+                end, at, stop = min(found)
+                self._held = ""
+                return text[: end if self._include else at], stop
+        cut = len(text) - max((_overlap(text, s) for s in self._stops), default=0)
+        self._held = text[cut:]
+        return text[:cut], None
+
+    def flush(self) -> str:
+        """The end: what was held back is text after all."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, and is not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Delta:
+    """What one step added to a completion; `logprobs` as in `CompletionOutput`."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+
+
+class SequenceOutput:
+    """One completion while it grows.
+
+    Args:
+        index: which of the request's `n`.
+        params: of the request.
+        tokenizer: None makes no text.
+        prompt_token_ids: of the request.
+
+    Attributes:
+        completion: all so far; text that may yet become part of a stop string is not in it.
+        delta: what the last `push` added.
+    """
+
+    def __init__(
+        self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int]
+    ) -> None:
+        self.completion = CompletionOutput(index)
+        self.delta = Delta()
+        self._params = params
+        self._tokenizer = tokenizer
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            if tokenizer is not None and params.detokenize
+            else None
+        )
+        self._stops = StopChecker(list(params.stop or ()), params.include_stop_str_in_output)
+        if params.logprobs is not None:
+            self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
+
+    def push(self, output: CoreOutput) -> CompletionOutput:
+        """Take in what a step brought, up to the token that completes a stop string, if one does.
+
+        The completion then has the finish reason ``"stop"`` though `output` has none: the core must be told to abort.
+        The text of a stop token is left out, unless `include_stop_str_in_output`.
+        """
+        done = self.completion
+        self.delta = Delta(logprobs=None if done.logprobs is None else [])
+        stop: str | None = None
+        for i, token_id in enumerate(output.token_ids):
+            self._add_token(token_id, output.logprobs[i] if output.logprobs else None)
+            ends = output.finish_reason == "stop" and i == len(output.token_ids) - 1
+            if self._detokenizer is not None and not (ends and not self._params.include_stop_str_in_output):
+                stop = self._add_text(self._detokenizer.push(token_id))
+                if stop is not None:
+                    break
+        if stop is None and output.finish_reason is not None and self._detokenizer is not None:
+            stop = self._add_text(self._detokenizer.flush())
+            self.delta.text += self._stops.flush()
+        done.text += self.delta.text
+        if stop is not None:
+            done.finish_reason, done.stop_reason = "stop", stop
+        elif output.finish_reason is not None:
+            done.finish_reason, done.stop_reason = output.finish_reason, output.stop_reason
+        return done
+
+    def logprob_dict(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        """Log probabilities by token id, the chosen token first."""
+        text = self._tokenizer.token_text if self._tokenizer is not None else lambda _: None
+        chosen = entry.token_ids[0]
+        found = {chosen: Logprob(entry.logprobs[0], entry.rank, text(chosen))}
+        for rank, (token_id, logprob) in enumerate(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True), 1):
+            if token_id != chosen:
+                found[token_id] = Logprob(logprob, rank, text(token_id))
+        return found
+
+    def _add_token(self, token_id: int, entry: TokenLogprobs | None) -> None:
+        self.completion.token_ids.append(token_id)
+        self.delta.token_ids.append(token_id)
+        if entry is not None and self.completion.logprobs is not None and self.delta.logprobs is not None:
+            found = self.logprob_dict(entry)
+            self.completion.logprobs.append(found)
+            self.delta.logprobs.append(found)
+            self.completion.cumulative_logprob = (self.completion.cumulative_logprob or 0.0) + entry.logprobs[0]
+
+    def _add_text(self, piece: str) -> str | None:
+        armed = len(self.completion.token_ids) > self._params.min_tokens
+        text, stop = self._stops.push(piece, armed)
+        self.delta.text += text
+        return stop
