@@ -101,6 +101,13 @@ def edit(**fields: object) -> Callable[[Path], None]:
     return change
 
 
+def mamba(folder: Path) -> None:
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 4096, "state_size": 8}
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"], **size})
+    )
+
+
 def not_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -127,9 +134,9 @@ def larger_tokenizer(folder: Path) -> None:
         (truncated, "model.safetensors"),
         (no_header, "model.safetensors"),
         (edit(hidden_size=128), "shape"),
-        (edit(num_hidden_layers=9), "layers.8"),
+        (edit(num_hidden_layers=9, layer_types=["full_attention"] * 9), "layers.8"),
         (edit(model_type="madeup", architectures=["MadeUp"]), "madeup"),
-        (edit(model_type="mamba", architectures=["MambaForCausalLM"]), "state"),
+        (mamba, "state"),
         (not_json, "config.json"),
         (no_tokenizer, "tokenizer"),
         (larger_tokenizer, "tokenizer"),
@@ -159,18 +166,29 @@ def test_a_damaged_model_is_named_in_a_sentence(
         (["generate", "x " * 400], "max_model_len is 128"),
         (["generate", "x", "--model", "/nowhere"], "/nowhere"),
         (["generate", "x", "--platform", "nope"], "nope"),
-        (["bench", "offline", "--input-len", "9-3"], "9-3"),
-        (["generate", "x", "--hf-overrides", "{"], "JSON"),
     ],
 )
 def test_a_wrong_request_is_named_in_a_sentence(
     words: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = SMALL[0 if "--platform" not in words else 2 :] if words[0] == "generate" else []
-    assert main([*words, *options]) != 0
+    assert main([*words, *SMALL[2 if "--platform" in words else 0 :]]) != 0
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bench", "offline", "--input-len", "9-3"], "9-3"),
+        (["generate", "x", "--hf-overrides", "{"], "JSON"),
+        (["generate", "x", "--dtype", "int3"], "bfloat16"),
+    ],
+)
+def test_a_wrong_flag_is_named_in_a_sentence(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert says in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,19 +209,19 @@ def test_a_full_disk_is_an_error_not_a_traceback() -> None:
 @pytest.mark.parametrize("after", ["load", "generate"])
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(after: str) -> None:
     words = ["generate", "def f():", "--max-tokens", "2000", "--max-model-len", "2048", "--ignore-eos"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*ENGINE, *words, "--platform", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout
-    assert process.stderr
-    if after == "generate":
-        assert process.stdout.read(20).startswith("def f():")
-    else:
-        time.sleep(1.5)
-    started = children(process.pid)
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=20)
-    error = process.stderr.read()
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        if after == "generate":
+            assert process.stdout.read(20).startswith("def f():")
+        else:
+            time.sleep(1.5)
+        started = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+        error = process.stderr.read()
     assert process.returncode == 130, error
     assert error.strip().endswith("interrupted")
     assert "Traceback" not in error

@@ -186,7 +186,7 @@ def test_doubled_values_double_the_output(
 
 def change_values(arena: Arena, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace all values, those in the cache and those of the step."""
-    blocks = arena.batch.block_table.unique()
+    blocks = arena.batch.block_table.unique().long()
     keys, values = arena.layout.export_blocks(arena.cache, blocks)
     arena.layout.import_blocks(arena.cache, blocks, keys, change(values))
     arena.tokens = (*arena.tokens[:2], change(arena.tokens[2]))

@@ -15,6 +15,7 @@ from engine.errors import CheckpointError, RequestError
 from engine.request import CompletionOutput, CoreOutput, Logprob, SamplingParams, TokenLogprobs
 
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no character (yet)
+_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _CONTEXT = 6  # prompt tokens that are decoded with the first new one
 
 
@@ -113,24 +114,22 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False, vocab_size: 
     Raises:
         CheckpointError: there is no tokenizer, it cannot be read, or it has more tokens than the model.
     """
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"there is no folder {folder!r} with a tokenizer; name it with the option tokenizer")
+    if not (trust_remote_code or any(any(Path(folder).glob(pattern)) for pattern in _FILES)):
+        raise CheckpointError(
+            f"there is no tokenizer in {folder!r}: none of {', '.join(_FILES)}. Name its folder with the option "
+            f"tokenizer, or work with token ids only (skip_tokenizer_init)"
+        )
     from transformers import AutoTokenizer  # takes seconds to import, and only those who need text pay
 
     try:
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        largest = max(hf.get_vocab().values(), default=-1)
+        largest = max(hf.get_vocab().values())
     except Exception as error:  # each kind of tokenizer raises its own
-        raise CheckpointError(
-            f"cannot load the tokenizer in {folder}: {error}. Name another folder with the option tokenizer, or work "
-            f"with token ids only (skip_tokenizer_init)"
-        ) from error
-    if largest < 0:
-        raise CheckpointError(f"the tokenizer in {folder} has no tokens; is tokenizer.json missing?")
+        raise CheckpointError(f"cannot load the tokenizer in {folder!r}: {error}") from error
     if vocab_size is not None and largest >= vocab_size:
         raise CheckpointError(
-            f"the tokenizer in {folder} has token ids up to {largest}, and the model has {vocab_size} embeddings; they "
-            f"do not belong together"
+            f"the tokenizer in {folder!r} has token ids up to {largest}, and the model has {vocab_size} embeddings; "
+            f"they do not belong together"
         )
     return Tokenizer(hf)
 
@@ -153,7 +152,8 @@ class IncrementalDetokenizer:
         self._skip = skip_special_tokens
         size = _CONTEXT
         self._show(prompt_token_ids[-size:])
-        while not self._shown and size < len(prompt_token_ids):  # special tokens alone tell nothing of spaces
+        # special tokens alone tell nothing of spaces, and the window must not start inside a character
+        while (not self._shown or self._shown.startswith(_HALF)) and size < len(prompt_token_ids):
             size *= 2
             self._show(prompt_token_ids[-size:])
 
@@ -161,10 +161,9 @@ class IncrementalDetokenizer:
         """The text that `token_id` completes; empty while half a character waits for the rest."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(_HALF) or len(text) <= len(self._shown):
-            return ""
-        piece = self._beyond_shown(text)
-        self._show(self._window[self._num_shown :])
+        piece = "" if text.endswith(_HALF) else self._beyond_shown(text)
+        if piece:  # half a character of the prompt stays with its other half
+            self._show(self._window[0 if self._shown.endswith(_HALF) else self._num_shown :])
         return piece
 
     def flush(self) -> str:

@@ -133,13 +133,13 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
             )
         except ValueError as error:
             # The text part of a larger model, saved by itself, is known by its class only.
-            name = (config.architectures or [""])[0]
-            if not name.endswith("ForCausalLM") or not hasattr(transformers, name):
+            part = getattr(transformers, (config.architectures or [""])[0], None)
+            if part is None or part.config_class is not type(config):
                 raise UnsupportedModelError(
                     f"Transformers {transformers.__version__} has no causal language model for {config.model_type!r}: "
                     f"{str(error).splitlines()[0]}"
                 ) from error
-            model = getattr(transformers, name)._from_config(config, **options)
+            model = part._from_config(config, **options)
     _refuse_states(model)
     for pattern, kept in model._get_dtype_plan(dtype).items():
         for name, parameter in model.named_parameters():

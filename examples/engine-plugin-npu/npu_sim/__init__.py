@@ -1,10 +1,16 @@
-"""A simulated accelerator for PyTorch: what a vendor ships as a driver and an extension of torch.
+"""A simulated accelerator for PyTorch: what a vendor ships as a driver and as an extension of torch.
 
-`npu_sim.driver` answers without touching a device. `load()` compiles the device's code on first use, and registers it
-with torch as ``"npu"`` and ``torch.npu``.
+Importing it makes the name ``"npu"`` and ``torch.npu`` known. `load()` brings the device in, and compiles its code on
+first use; `npu_sim.driver` answers without either.
 """
 
+import torch
+
+from npu_sim import runtime
 from npu_sim.kernels import kernel
 from npu_sim.loading import load
 
 __all__ = ["kernel", "load"]
+
+torch.utils.rename_privateuse1_backend("npu")
+torch._register_device_module("npu", runtime)

@@ -1,4 +1,4 @@
-"""Builds the device's code, one C++ file with one call of the compiler, and registers it with torch."""
+"""Builds the device's code, one C++ file with one call of the compiler, and loads it into torch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,12 @@ _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-DAT_PER_OPERATOR_HEAD
 
 @functools.cache
 def load() -> None:
-    """Register the device ``"npu"`` with torch. The first call on a machine takes the time of a compilation.
+    """Bring the device into torch. The first call on a machine takes the time of a compilation.
 
     Raises `RuntimeError` without a compiler, or with what it said.
     """
     torch.ops.load_library(str(build()))
     torch.ops.npu_sim.configure(driver.device_count(), driver.total_memory(), driver.generation())
-    torch.utils.rename_privateuse1_backend("npu")
-    from npu_sim import runtime
-
-    torch._register_device_module("npu", runtime)
     torch.utils.generate_methods_for_privateuse1_backend()
     atexit.register(torch.ops.npu_sim.settle)  # workers may need Python, which is about to end
 

@@ -66,11 +66,15 @@ def is_available() -> bool:
 
 def is_initialized() -> bool:
     """Whether this process has used a device."""
-    return bool(_sim.initialized())
+    return _loaded() and bool(_sim.initialized())
 
 
 def _is_in_bad_fork() -> bool:
-    return bool(_sim.forked())
+    return _loaded() and bool(_sim.forked())
+
+
+def _loaded() -> bool:
+    return hasattr(_sim, "initialized")
 
 
 def get_device_properties(device: Any = None) -> Properties:
@@ -101,7 +105,8 @@ def stream(stream: torch.Stream) -> Iterator[None]:
 
 def manual_seed(seed: int) -> None:
     """Seed the default generators."""
-    _sim.seed(seed)
+    if _loaded():
+        _sim.seed(seed)
 
 
 manual_seed_all = manual_seed

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineArgs
-from engine.errors import ConfigError
 from engine.extensions.cli.options import add_flags, given
 
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _span(text: str) -> tuple[int, int]:
     low, _, high = text.partition("-")
     if not low.isdigit() or (high and not high.isdigit()) or int(low) < 1 or int(high or low) < int(low):
-        raise ConfigError(f"a length is N or A-B with 1 <= A <= B, not {text!r}")
+        raise argparse.ArgumentTypeError(f"a length is N or A-B with 1 <= A <= B, not {text!r}")
     return int(low), int(high or low)
 
 

@@ -11,8 +11,6 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from engine.errors import ConfigError
-
 
 def documented(cls: type) -> dict[str, str]:
     """Field name to its sentence in the class's docstring (Google style, ``Args:``)."""
@@ -59,7 +57,7 @@ def _json_object(text: str) -> dict[Any, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {text!r} ({error})") from error
+        raise argparse.ArgumentTypeError(f"not JSON: {text!r} ({error})") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"a JSON object is needed, got {text!r}")
+        raise argparse.ArgumentTypeError(f"a JSON object is needed, got {text!r}")
     return {int(k) if k.lstrip("-").isdigit() else k: v for k, v in value.items()}

@@ -1,0 +1,5 @@
+"""NPU accelerators as a platform of the engine."""
+
+from engine_npu.platform import NpuPlatform
+
+__all__ = ["NpuPlatform"]
