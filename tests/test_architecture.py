@@ -32,7 +32,14 @@ TORCH_FREE = (
     *("engine.request", "engine.step", "engine.config", "engine.errors", "engine.info", "engine.scheduler"),
     *("engine.kv.spec", "engine.kv.allocator", "engine.kv.manager"),
 )
-STARTS_WITHOUT_TORCH = (*TORCH_FREE, "engine", "engine.extensions.cli", "engine.hooks", "engine.discovery", "engine.plugins")
+STARTS_WITHOUT_TORCH = (
+    *TORCH_FREE,
+    "engine",
+    "engine.extensions.cli",
+    "engine.hooks",
+    "engine.discovery",
+    "engine.plugins",
+)
 MAX_CORE_LINES = 6000
 
 
@@ -180,7 +187,7 @@ def sdk_imports_the_contract_only(modules: Tree) -> list[str]:
 
 def platforms_import_the_sdk_only(modules: Tree) -> list[str]:
     ours = [found for p in PLATFORMS for found in outside(modules, p, "engine_sdk", "torch", "triton", *STANDARD)]
-    return ours + [found for p in VENDORS for found in outside(modules, p, "engine_sdk", theirs=False)]
+    return ours + [found for p in VENDORS for found in outside(modules, p, "engine_sdk", *VENDORS, theirs=False)]
 
 
 def conformance_imports_what_is_public(modules: Tree) -> list[str]:
@@ -238,7 +245,11 @@ PLANTED = [
     (core_imports_no_platform, "engine.extensions.cli.bench", "import_module('engine_cpu')"),
     (core_imports_no_platform, "engine.extensions.lora", "from engine_conformance import tiny_models"),
     (core_imports_no_extension, "engine.llm", "from engine.extensions.lora import Adapter"),
-    (core_imports_no_extension, "engine.extensions.cli", "import importlib\nimportlib.import_module('engine.extensions.server')"),
+    (
+        core_imports_no_extension,
+        "engine.extensions.cli",
+        "import importlib\nimportlib.import_module('engine.extensions.server')",
+    ),
     (core_imports_no_extension, "engine.extensions.lora", "from engine.extensions.grammar import mask"),
     (core_names_no_device, "engine.runner", "x.cuda()"),
     (core_names_no_device, "engine.runner", "torch.npu.synchronize()"),

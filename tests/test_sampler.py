@@ -360,7 +360,7 @@ def coarse_logits(row: int, position: int, vocab: int) -> Tensor:
 def test_a_request_does_not_see_its_neighbours(members: list[tuple[Any, int]], random: Any, dtype: torch.dtype) -> None:
     vocab, prompt = 2011, [5, 3, 8]
     rows = random.sample(range(20), len(members))
-    together = Sampler(vocab, 20, torch.device("cpu"), 0)
+    together = Sampler(vocab, 20, torch.device("cpu"), 0, rows_at_once=random.choice([1, 3, 64]))
     alone = [Sampler(vocab, 1, torch.device("cpu"), 0) for _ in members]
     reqs = [request(prompt, seed=seed, **params) for params, seed in members]
     for row, req, single in zip(rows, reqs, alone, strict=True):

@@ -149,10 +149,10 @@ def test_words_keep_their_space_after_the_prompt(name: str) -> None:
 
 def test_special_tokens_alone_do_not_hide_what_comes_before() -> None:
     tokenizer = TOKENIZERS["byte_fallback"]
-    ids = tokenizer.encode("The quick fox", add_special_tokens=False)
-    special = tokenizer.hf.convert_tokens_to_ids("</s>")
-    prompt, rest = ids[:-1] + [special] * 20, ids[-1:]
-    assert "".join(stream(tokenizer, prompt, rest)) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:-1])) :]
+    ids, special = tokenizer.encode("a the", add_special_tokens=False), tokenizer.hf.convert_tokens_to_ids("</s>")
+    cut = next(n for n in range(len(ids)) if tokenizer.decode(ids[:n]) == "a")
+    prompt = ids[:cut] + [special] * 20
+    assert "".join(stream(tokenizer, prompt, ids[cut:])) == " the"
     assert "".join(stream(tokenizer, prompt, [special, special], skip=False)) == "</s></s>"
     assert stream(tokenizer, prompt, [special, special]) == ["", "", ""]
 
@@ -258,9 +258,11 @@ def test_what_was_held_back_comes_at_the_end() -> None:
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:
-    ids = TOKENIZERS["byte_level"].encode("ab ab", add_special_tokens=False)
-    params = SamplingParams(stop="ab", min_tokens=TOKENIZERS["byte_level"].decode(ids).count("a"), max_tokens=50)
-    assert run("ab ab ab ab ab ab ab", params)[0].text.startswith("ab")
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = [tokenizer.encode(c, add_special_tokens=False)[0] for c in "ababab"]
+    for min_tokens, text in ((0, ""), (1, ""), (2, "ab"), (3, "ab"), (4, "abab")):
+        sequence = SequenceOutput(0, SamplingParams(stop="ab", min_tokens=min_tokens), tokenizer, [])
+        assert sequence.push(CoreOutput("r", ids)).text == text
 
 
 @pytest.mark.parametrize("include", [False, True])
@@ -278,7 +280,7 @@ def test_the_text_of_a_stop_token_is_left_out(include: bool) -> None:
 def test_tokens_after_a_stop_string_are_dropped_with_their_log_probabilities() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     ids = tokenizer.encode("The fox jumps", add_special_tokens=False)
-    entries = [TokenLogprobs([i, 5, i], [-0.5, -0.25, -0.5], 2) for i in ids]
+    entries = [TokenLogprobs([i, 5, i], [-0.5, -0.5, -0.5], 1) for i in ids]
     sequence = SequenceOutput(3, SamplingParams(stop="fox", logprobs=2), tokenizer, [])
     done = sequence.push(CoreOutput("r", ids, logprobs=entries))
     count = len(done.token_ids)
@@ -290,8 +292,8 @@ def test_tokens_after_a_stop_string_are_dropped_with_their_log_probabilities() -
     assert len(done.logprobs) == count < len(ids)
     assert done.cumulative_logprob == -0.5 * count
     assert list(done.logprobs[0]) == [ids[0], 5]
-    assert done.logprobs[0][ids[0]] == Logprob(-0.5, 2, tokenizer.token_text(ids[0]))
-    assert done.logprobs[0][5] == Logprob(-0.25, 1, tokenizer.token_text(5))
+    assert done.logprobs[0][ids[0]] == Logprob(-0.5, 1, tokenizer.token_text(ids[0]))
+    assert done.logprobs[0][5] == Logprob(-0.5, 1, tokenizer.token_text(5))
 
 
 def test_without_a_tokenizer_or_text_there_are_only_ids() -> None:

@@ -48,7 +48,7 @@ class Outcome:
 
 
 def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.float32, **options: Any) -> Outcome:
-    """Build a tiny model of architecture `name`, run it on `platform`, and compare; the engine's faults are outcomes."""
+    """Build a tiny model of architecture `name`, run it on `platform`, compare; the engine's faults are outcomes."""
     model = tiny_model(name, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -62,8 +62,8 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
     cached = sum(o.num_cached_tokens for run in runs for o in run)
     worst = 0.0
     for output in (o for run in runs for o in run):
-        detail, error = compare(model, output, TOLERANCE[dtype])
-        worst = max(worst, error)
+        detail, difference = compare(model, output, TOLERANCE[dtype])
+        worst = max(worst, difference)
         if detail:
             return Outcome(name, "wrong", detail, worst, preemptions, cached)
     if not preemptions or not cached:

@@ -144,6 +144,20 @@ def test_experts(
     record_property("error over bound: experts", worst)
 
 
+def test_experts_sum_in_fp32(conformance_platform: Platform, capabilities: Capabilities) -> None:
+    """A small expert between two large ones of opposite sign is not lost: a sum in 16 bits would lose it."""
+    device = conformance_platform.device().torch_device
+    for dtype in dtypes(capabilities):
+        size, factors = 32, torch.tensor([4096.0, 1.0, -4096.0])
+        eye = torch.eye(size).to(dtype).expand(3, size, size).contiguous().to(device)
+        weights = ExpertWeights(eye, eye * factors.to(device, dtype)[:, None, None], F.relu)
+        method = conformance_platform.experts(ExpertsSpec(3, 3, False, False, dtype))
+        ids = torch.arange(3, device=device).expand(5, 3).contiguous()
+        ones = torch.ones(5, size, dtype=dtype, device=device)
+        got = method.apply(ones, ids, torch.ones(5, 3, dtype=dtype, device=device), weights)
+        assert torch.equal(got, ones), dtype
+
+
 def routed(
     x: Tensor,
     ids: Tensor,

@@ -48,7 +48,7 @@ class TorchExperts(ExpertsMethod):
                 assigned = order[start : start + count]
                 start += count
                 rows[assigned] = self._expert(x[assigned // expert_ids.shape[1]], expert, weights)
-        return rows.view(*expert_ids.shape, -1)
+        return rows.view(*expert_ids.shape, x.shape[1])
 
     def _all(self, x: Tensor, expert_ids: Tensor, weights: ExpertWeights) -> Tensor:
         rows = x.new_zeros(*expert_ids.shape, x.shape[1])
@@ -84,7 +84,7 @@ class GroupedExperts(ExpertsMethod):
         inner = weights.activate(product(x[order // top_k], weights.up, weights.up_bias))
         made = product(inner, weights.down, weights.down_bias)
         rows = torch.empty_like(made).index_copy_(0, order, made)
-        return combine(rows.view(*expert_ids.shape, -1), expert_ids, scores, experts)
+        return combine(rows.view(*expert_ids.shape, x.shape[1]), expert_ids, scores, experts)
 
 
 def combine(rows: Tensor, expert_ids: Tensor, scores: Tensor, num_experts: int) -> Tensor:

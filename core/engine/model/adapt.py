@@ -26,6 +26,7 @@ from engine.model.config import ModelSource, max_model_len, read_config, resolve
 from engine.model.linear import fuse, pack
 from engine.model.load import LoadPlan, allocate, fill_dummy
 from engine.model.probe import Observations
+from engine.plugins import get_hooks
 
 _STATES = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
 """Names in a configuration's `layer_types` of layers that keep more of a sequence than keys and values."""
@@ -96,7 +97,11 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     model = build(config, dtype, trust_remote_code=source.trust_remote_code)
     plan = LoadPlan(model, read_index(source.folder)) if source.load_format == "auto" else None
     adapted = AdaptedModel(model)
-    inline.adopt(model, adapted.context)
+    reserved = inline.adopt(model, adapted.context)
+    if adapted.max_model_len is not None:
+        adapted.max_model_len -= reserved
+    if adapter := get_hooks().engine_models().get(type(model).__name__):
+        adapter(model, adapted.context)
     use(model, probe.IMPLEMENTATION)
     seen = _observe_without_data(adapted)
     if seen is not None:
@@ -142,9 +147,9 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
             model = part._from_config(config, **options)
     _refuse_states(model)
     for pattern, kept in model._get_dtype_plan(dtype).items():
-        for name, parameter in model.named_parameters():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if re.search(pattern.replace("*", ".*"), name):
-                parameter.data = parameter.data.to(kept)
+                tensor.data = tensor.data.to(kept)
     model.eval().requires_grad_(False)
     return model
 

@@ -25,24 +25,8 @@ from engine.model.probe import NUM_TOKENS, AttentionCall, Observations, Visibili
 IMPLEMENTATION = "engine"
 """The name under which Transformers finds `engine_attention`. No mask is built for it."""
 
-NEUTRAL_KWARGS = frozenset(
-    [
-        "dropout",
-        "position_ids",
-        "position_embeddings",
-        "use_cache",
-        "cache_position",
-        "past_key_values",
-        "layer_idx",
-        "training",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "logits_to_keep",
-        "num_items_in_batch",
-    ]
-)
+NEUTRAL_KWARGS = frozenset({"dropout", "position_ids", "use_cache", "logits_to_keep"})
+NEUTRAL_KWARGS |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 """What modelling code hands to every attention function and what changes nothing about the result."""
 
 MEANINGFUL_KWARGS = frozenset({"scaling", "sliding_window", "softcap", "s_aux", "alibi_slopes", "is_causal"})
@@ -57,24 +41,20 @@ class StepContext:
 
     Attributes:
         positions: int64 [N] of the step's tokens, for models that count by themselves.
+        turns: of the modules that attend several times in a pass.
     """
 
     positions: Tensor
 
     def __init__(self) -> None:
         self.plans: Sequence[Plan] | None = None
-        self._turns: list[Turns] = []
+        self.turns: list[Turns] = []
 
     def begin(self, positions: Tensor) -> None:
         """A forward pass begins."""
         self.positions = positions
-        for turns in self._turns:
+        for turns in self.turns:
             turns.next = 0
-
-    def turns(self, layers: Sequence[AttentionLayer]) -> Turns:
-        """The handles of `layers`, which one module calls in this order in each pass."""
-        self._turns.append(Turns([layer.handle for layer in layers]))
-        return self._turns[-1]
 
     def set_plans(self, plans: Sequence[Plan] | None) -> None:
         """The step's plans, in the order that `AttentionLayer.bind` counts."""
@@ -229,7 +209,10 @@ def attach(
         owners.setdefault((id(call.key), id(call.value)), layer)
         earlier.append(layer)
     for module, layers in calls.items():
-        handle: Any = layers[0].handle if len(layers) == 1 else context.turns(layers)
+        handle: Any = layers[0].handle
+        if len(layers) > 1:
+            handle = Turns([layer.handle for layer in layers])
+            context.turns.append(handle)
         module.engine_handle = handle
     return {layer.name: layer for layers in calls.values() for layer in layers}
 

@@ -48,7 +48,7 @@ class Entry:
 
     def read(self, target: Tensor, at: int = 0) -> None:
         """Fill `target` (contiguous, on the host, this dtype) with the elements from `at` on."""
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        view = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         position = self.begin + at * self.dtype.itemsize
         try:
             with open(self.file, "rb", buffering=0) as file:

@@ -93,7 +93,8 @@ def max_model_len(config: PreTrainedConfig) -> int | None:
 
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
     """The tokens that end a text: those of generation_config.json, else those of config.json."""
-    for ids in (generation_defaults(folder).get("eos_token_id"), config.get_text_config().eos_token_id):
+    own = getattr(config.get_text_config(), "eos_token_id", None)
+    for ids in (generation_defaults(folder).get("eos_token_id"), own):
         if ids is not None:
             return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
     return ()

@@ -20,8 +20,13 @@ from engine.model.attention import StepContext, engine_attention
 Method = Callable[..., Any]
 
 
-def adopt(model: nn.Module, context: StepContext) -> None:
-    """Exchange the methods of those parts of `model` that need it. `context` tells positions to parts that count."""
+def adopt(model: nn.Module, context: StepContext) -> int:
+    """Exchange the methods of those parts of `model` that need it. `context` tells positions to parts that count.
+
+    Returns how many of the model's positions no token can have.
+    """
+    reserved = 0
+    module: Any
     for module in model.modules():
         methods = dict(_METHODS.get(type(module).__name__, {}))
         parameters = list(inspect.signature(module.forward).parameters)
@@ -29,9 +34,11 @@ def adopt(model: nn.Module, context: StepContext) -> None:
             methods["forward"] = _told_positions(type(module).forward, parameters)
         elif hasattr(module, "create_position_ids_from_input_ids"):
             methods["forward"] = _behind_padding
+            reserved = module.padding_idx + 1
         if methods:
             cls = type(module)
             module.__class__ = type(cls.__name__, (cls,), {"engine_context": context, **methods})
+    return reserved
 
 
 def _told_positions(forward: Method, parameters: list[str]) -> Method:

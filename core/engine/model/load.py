@@ -233,7 +233,8 @@ def allocate(model: PreTrainedModel, projections: Iterable[Projection], device: 
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    made[id(parameter)] = _frozen(torch.empty_like(parameter, device=device))
+                    storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    made[id(parameter)] = _frozen(storage)
                 module._parameters[name] = made[id(parameter)]
 
 

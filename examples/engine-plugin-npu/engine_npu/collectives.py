@@ -45,7 +45,7 @@ class _Group(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         opts = opts or dist.AllreduceOptions()
-        self._agree(f"all_reduce {opts.reduceOp}", tensors[0])
+        self._agree(f"all_reduce {opts.reduceOp.op}", tensors[0])
         return _staged(lambda x: self._gloo.allreduce([x], opts), tensors[0])
 
     def broadcast(self, tensors: Any, opts: Any) -> Any:
@@ -61,12 +61,12 @@ class _Group(dist.ProcessGroup):
 
     def all_gather_single(self, output: Tensor, x: Tensor, opts: Any = None) -> Any:
         self._agree("all_gather", x)
-        return _staged(self._gloo._allgather_base, output, x)
+        return _staged(lambda out, x: self._gloo._allgather_base(out.view(-1), x.view(-1)), output, x)
 
     def reduce_scatter_single(self, output: Tensor, x: Tensor, opts: Any = None) -> Any:
         opts = opts or dist.ReduceScatterOptions()
-        self._agree(f"reduce_scatter {opts.reduceOp}", x)
-        return _staged(lambda out, x: self._gloo._reduce_scatter_base(out, x, opts), output, x)
+        self._agree(f"reduce_scatter {opts.reduceOp.op}", x)
+        return _staged(lambda out, x: self._gloo._reduce_scatter_base(out.view(-1), x.view(-1), opts), output, x)
 
     def all_to_all_single(
         self, output: Tensor, x: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
@@ -99,9 +99,9 @@ class _Group(dist.ProcessGroup):
     def _agree(self, name: str, x: Tensor, **sizes: list[int]) -> list[dict[str, Any]]:
         """Tell the others what this rank calls; returns what each one does, and raises where that is not the same."""
         mine = _header(name, x, **sizes)
-        every = mine.new_empty(self.size(), len(mine))
+        every = mine.new_empty(self.size() * len(mine))
         self._gloo._allgather_base(every, mine).wait()
-        calls = [_call(row) for row in every]
+        calls = [_call(header) for header in every.split(len(mine))]
         for rank, theirs in enumerate(calls):
             if any(theirs[key] != calls[self.rank()][key] for key in ("name", "dtype", "shape")):
                 raise RuntimeError(f"rank {self.rank()} calls {_call(mine)}, and rank {rank} calls {theirs}")

@@ -657,7 +657,10 @@ std::shared_ptr<const Shapes> ask_for_shapes(const OperatorHandle& op, const Sta
   Stack stack;
   for (const auto& arg : args)
     stack.push_back(arg.isDevice() ? IValue(c10::Device(c10::kMeta)) : map_tensors(arg, [](const Tensor& t) -> Tensor {
-      return on_npu(t) ? Tensor(at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type())) : t;
+      if (!t.defined()) return t;
+      Tensor shape = at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
+      if (t.unsafeGetTensorImpl()->is_wrapped_number()) shape.unsafeGetTensorImpl()->set_wrapped_number(true);
+      return shape;
     }));
   std::vector<Shape> found;
   try {
@@ -691,13 +694,18 @@ std::shared_ptr<const Shapes> shapes_of_results(const OperatorHandle& op, const 
   return (*known)[key] = shapes;
 }
 
-bool draws_random_numbers(const OperatorHandle& op) { return op.hasTag(at::Tag::nondeterministic_seeded); }
+bool draws_random_numbers(const OperatorHandle& op, const Stack& args) {
+  if (!op.hasTag(at::Tag::nondeterministic_seeded)) return false;
+  for (size_t i = 0; i < args.size(); i++)
+    if (op.schema().arguments()[i].name() == "dropout_p" && args[i].toDouble() == 0) return false;
+  return true;
+}
 
 // Whether the results follow from shapes alone and are tensors; an index without masks does, though its tag denies it.
 bool predictable(const OperatorHandle& op, const Stack& args) {
   for (const auto& result : op.schema().returns())
     if (result.type()->kind() != c10::TypeKind::TensorType) return false;
-  if (draws_random_numbers(op) || op.hasTag(at::Tag::data_dependent_output)) return false;
+  if (draws_random_numbers(op, args) || op.hasTag(at::Tag::data_dependent_output)) return false;
   if (!op.hasTag(at::Tag::dynamic_output_shape)) return true;
   bool indices = false, masks = false;
   for (const auto& arg : args)
