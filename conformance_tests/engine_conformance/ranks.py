@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -225,6 +226,17 @@ def mismatch(world: World) -> None:
         _fails_in_time(label, world.group(), call)
 
 
+def mismatch_of_two(world: World) -> None:
+    """Something else is received than was sent: the receiver says so; the sender may be done already."""
+    group = world.group()
+    sent = torch.ones(6, device=world.device)
+    if world.rank == 0 and world.size > 1:
+        with suppress(CommunicatorError):
+            group.send(sent, 1)
+    elif world.rank == 1:
+        _fails_in_time("receive", group, lambda g: g.receive(sent[:4], 0))
+
+
 def absent_rank(world: World) -> None:
     """A rank that never comes."""
     group = world.group()
@@ -269,6 +281,7 @@ CHECKS: dict[str, Check] = {
         overlapping_groups,
         delayed_rank,
         mismatch,
+        mismatch_of_two,
         absent_rank,
         closed,
     )
