@@ -20,7 +20,9 @@ from engine.extensions.serving import AsyncLLM
 from engine_conformance.architectures import compare
 from engine_conformance.tiny_models import tiny_model
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=-1)
+GREEDY = SamplingParams(
+    temperature=0, max_tokens=12, ignore_eos=True, logprobs=-1, allowed_token_ids=list(range(3, 128))
+)
 
 
 def small(folder: Path, **options: Any) -> LLM:

@@ -411,9 +411,10 @@ def check(platform: Platform, backend: AttentionBackend, case: Case) -> float:
     """Run a case and check all that it may and may not have changed; returns the worst error over its bound."""
     device = platform.device()
     arena = prepare(backend, case, platform.capabilities(), device.torch_device)
+    given = {"sinks": arena.sinks, "alibi_slopes": arena.alibi_slopes, **vars(arena.batch)}
     inputs = dict(zip("qkv", arena.tokens, strict=True))
-    inputs |= {"sinks": arena.sinks, "alibi_slopes": arena.alibi_slopes, **vars(arena.batch)}
-    before = {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)}
+    inputs |= {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    before = {name: x.clone() for name, x in inputs.items()}
     out, lse = run(backend, arena)
     device.synchronize()
     for name, value in before.items():

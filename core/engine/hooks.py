@@ -39,8 +39,10 @@ def engine_models() -> Mapping[str, Callable[..., Any]] | None:
     """Adapters of model architectures, for models that need more than the engine's own swaps.
 
     Returns:
-        Name of the architecture, as config.json has it, to its adapter. Two plugins that adapt one architecture are an
-        error.
+        Name of the model's class to its adapter, which is called as ``adapter(model, context)`` before the model is
+        examined, while its parameters are on `meta`: it exchanges methods of the model's parts. `context` is the
+        `StepContext` that tells each step's positions. The adapter may return how many of the model's positions no
+        token can have. Two plugins that adapt one architecture are an error.
     """
 
 

@@ -115,7 +115,12 @@ class ModelRunner:
         self._plans = self._bind()
         self._staging = Staging(device)
         self._builder = BatchBuilder(args.max_num_seqs, max_len, self.kv_plan.groups, self._staging)
-        self.sampler = Sampler(self.model.vocab_size, args.max_num_seqs, device.torch_device, args.seed)
+        rows_at_once = (
+            64 if platform.capabilities().asynchronous else 2
+        )  # as much as a launch is worth, or a cache holds
+        self.sampler = Sampler(
+            self.model.vocab_size, args.max_num_seqs, device.torch_device, args.seed, rows_at_once=rows_at_once
+        )
         self._last_sampled = torch.zeros(args.max_num_seqs, dtype=torch.int64, device=device.torch_device)
         asynchronous = platform.capabilities().asynchronous
         self.overlap = asynchronous if args.async_scheduling is None else args.async_scheduling
@@ -160,7 +165,7 @@ class ModelRunner:
         ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         positions = torch.arange(tokens, device=device) % (self.model.max_model_len or tokens)
         logits = self.model.forward(ids, positions, ids[: min(rows, tokens)])
-        logits.float().softmax(-1)
+        logits.float().softmax(-1).cumsum(-1)  # what sampling holds at once, about
         self._device.synchronize()
 
     @torch.inference_mode()

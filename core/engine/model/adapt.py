@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from engine.errors import UnsupportedModelError
 from engine.interfaces import Platform
-from engine.model import attention, experts, inline, probe
+from engine.model import attention, experts, probe
 from engine.model.attention import AttentionLayer, StepContext
 from engine.model.checkpoint import read_index
 from engine.model.config import ModelSource, max_model_len, read_config, resolve_dtype
@@ -97,11 +97,10 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     model = build(config, dtype, trust_remote_code=source.trust_remote_code)
     plan = LoadPlan(model, read_index(source.folder)) if source.load_format == "auto" else None
     adapted = AdaptedModel(model)
-    reserved = inline.adopt(model, adapted.context)
-    if adapted.max_model_len is not None:
-        adapted.max_model_len -= reserved
     if adapter := get_hooks().engine_models().get(type(model).__name__):
-        adapter(model, adapted.context)
+        reserved = adapter(model, adapted.context)
+        if adapted.max_model_len is not None:
+            adapted.max_model_len -= reserved or 0
     use(model, probe.IMPLEMENTATION)
     seen = _observe_without_data(adapted)
     if seen is not None:

@@ -49,7 +49,9 @@ class NpuPlatform(TorchPlatform):
         if not (count := driver.device_count()):
             return Probe(False, "the driver sees no NPU; check that NPU_SIM_DEVICES is not 0")
         if driver.compiler() is None:
-            return Probe(False, "the device's code is compiled on first use, and there is no g++; install it, or set CXX")
+            return Probe(
+                False, "the device's code is compiled on first use, and there is no g++; install it, or set CXX"
+            )
         name = f"NPU-{driver.generation()}"
         return Probe(True, devices=tuple(DeviceInfo(i, name, driver.total_memory()) for i in range(count)))
 

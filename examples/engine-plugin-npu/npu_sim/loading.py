@@ -47,7 +47,9 @@ def build() -> Path:
 
 def _compile(library: Path) -> None:
     if (compiler := driver.compiler()) is None:
-        raise RuntimeError("npu_sim compiles its device on first use, and there is no C++ compiler: install g++ or set CXX")
+        raise RuntimeError(
+            "npu_sim compiles its device on first use, and there is no C++ compiler: install g++ or set CXX"
+        )
     torch_folder = Path(torch.__file__).parent
     unfinished = library.with_suffix(".part")
     command = [
