@@ -8,6 +8,7 @@ from engine.config import CacheConfig
 from engine.kv.allocator import BlockAllocator
 from engine.kv.manager import BlockTable, KVCacheManager
 from engine.kv.spec import ChunkedSpec, FullSpec, KVCacheSpec, KVGroup, SlidingWindowSpec
+from engine_conformance.kv_invariants import check_allocator, check_manager
 
 SPECS = st.one_of(
     st.builds(FullSpec, st.integers(1, 4)),
@@ -75,7 +76,7 @@ def test_pages_are_handed_out_once_and_never_the_null_page() -> None:
     assert sorted(blocks) == [1, 2, 3, 4]
     assert allocator.num_free == 0
     allocator.release(blocks)
-    allocator.check([])
+    check_allocator(allocator, [])
     with pytest.raises(AssertionError, match="twice"):
         allocator.release(blocks[:1])
 
@@ -93,7 +94,7 @@ def test_blank_pages_go_first_then_those_idle_longest() -> None:
     assert allocator.allocate(1) == [a]
     assert allocator.lookup((b"a", 0)) is None
     assert allocator.allocate(2) == [c, b]
-    allocator.check([1, 2, 3, 4, 5])
+    check_allocator(allocator, [1, 2, 3, 4, 5])
 
 
 def test_a_page_is_known_for_its_group_only_and_the_first_copy_stays() -> None:
@@ -104,7 +105,7 @@ def test_a_page_is_known_for_its_group_only_and_the_first_copy_stays() -> None:
     assert allocator.lookup((b"x", 0)) == first
     assert allocator.lookup((b"x", 1)) is None
     allocator.release([first, second])
-    allocator.check([])
+    check_allocator(allocator, [])
 
 
 @settings(max_examples=50)
@@ -128,7 +129,7 @@ def test_allocator_against_a_model(data: st.DataObject) -> None:
                     assert allocator.num_idle([block]) == (block not in held)
                     allocator.acquire([block])
                     held.append(block)
-        allocator.check(held)
+        check_allocator(allocator, held)
 
 
 # -- tables and the prefix cache
@@ -229,7 +230,7 @@ def test_reserve_is_for_all_groups_or_none() -> None:
     before[1][0] = 0
     assert table.blocks == before
     assert [len(new) for new in kv.reserve(table, 12, 16) or ()] == [1, 1]
-    kv.check([table])
+    check_manager(kv, [table])
 
 
 def test_blocks_that_fell_out_of_the_window_are_given_up_at_once() -> None:
@@ -286,13 +287,13 @@ def test_admission_counts_shared_blocks_once_and_leaves_room() -> None:
     assert kv.admit(second, prefix, 20, num_running=2)
     assert second.blocks[0][:4] == first.blocks[0][:4]
     assert (kv.num_queried, kv.num_hit) == (20, 16)
-    kv.check([first, second])
+    check_manager(kv, [first, second])
     kv.release(first, 20)
     kv.release(second, 20)
     third = kv.open([*PROMPT[:8], *range(24)])  # 8 pages, two of them idle ones
     assert not kv.admit(third, kv.match(third, 31), 32, num_running=1)
     assert kv.admit(third, kv.match(third, 31), 32, num_running=0)
-    kv.check([third])
+    check_manager(kv, [third])
 
 
 def test_reset_of_the_prefix_cache() -> None:
@@ -303,7 +304,7 @@ def test_reset_of_the_prefix_cache() -> None:
     assert hit(kv, PROMPT) == 16
     assert kv.reset_prefix_cache()
     assert hit(kv, PROMPT) == 0
-    kv.check([])
+    check_manager(kv, [])
 
 
 def test_a_hash_depends_on_every_token_before_its_end() -> None:

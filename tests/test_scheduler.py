@@ -10,7 +10,7 @@ from engine.errors import RequestError
 from engine.kv.manager import KVCacheManager
 from engine.kv.spec import FullSpec, KVCacheSpec, KVGroup, SlidingWindowSpec
 from engine.request import CoreOutput, CoreRequest, SamplingParams, TokenLogprobs
-from engine.scheduler import Scheduler, SchedulerStats
+from engine.scheduler import Scheduler
 from engine.step import Step, StepResult
 
 
@@ -302,7 +302,7 @@ def test_the_last_in_order_is_preempted_and_recomputed(policy: Literal["fcfs", "
             assert output.num_preemptions == (output.request_id == victim and preempted is not None)
     assert preempted is not None
     assert [len(ids) for ids in got.values()] == [9, 9]
-    assert scheduler.stats().num_preemptions == 1
+    assert scheduler.num_preemptions == 1
 
 
 def test_a_preempted_sequence_with_a_token_in_flight_waits_for_it() -> None:
@@ -378,7 +378,9 @@ def test_prefix_hits_are_skipped_and_counted() -> None:
     step, (output,) = run(scheduler)
     assert (step.new_rows[0].num_computed, spans(step)) == (8, [(0, 8, 4, True)])
     assert output.num_cached_tokens == 8
-    assert scheduler.stats() == SchedulerStats(1, 0, 3 / 99, 0, 22, 8)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions) == (1, 0, 0)
+    assert (scheduler._kv.num_queried, scheduler._kv.num_hit) == (22, 8)
+    assert scheduler._kv.usage() == pytest.approx(3 / 99)
 
 
 def test_a_prompt_that_is_cached_to_the_end_computes_its_last_block() -> None:
@@ -394,7 +396,7 @@ def test_requests_of_one_step_share_their_prefix() -> None:
         scheduler.add(request(name, [*range(32), ord(name)], max_tokens=2))
     step, _ = run(scheduler)
     assert spans(step) == [(0, 0, 33, True), (1, 32, 1, True), (2, 32, 1, True)]
-    assert scheduler.stats().kv_usage == pytest.approx(11 / 99)
+    assert scheduler._kv.usage() == pytest.approx(11 / 99)
 
 
 def test_generated_tokens_are_cached() -> None:
@@ -443,6 +445,6 @@ def test_prompt_logprobs_are_not_delivered_twice(caching: bool) -> None:
         step, _ = run(scheduler)
         for work in step.work:
             wanted += range(work.start, work.start + work.num_prompt_logits)
-        resumed += [(new.num_computed, spans(step)[-1]) for new in step.new_rows if scheduler.stats().num_preemptions]
+        resumed += [(new.num_computed, spans(step)[-1]) for new in step.new_rows if scheduler.num_preemptions]
     assert resumed == [(4, (0, 4, 8, False))] if caching else [(0, (0, 0, 12, False))]
     assert wanted == list(range(19))

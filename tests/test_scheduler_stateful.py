@@ -21,6 +21,7 @@ from engine.kv.spec import ChunkedSpec, FullSpec, KVCacheSpec, KVGroup, SlidingW
 from engine.request import CoreOutput, CoreRequest, SamplingParams, TokenLogprobs
 from engine.scheduler import Scheduler
 from engine.step import Step, StepResult
+from engine_conformance.kv_invariants import check_manager
 
 VOCAB, EOS, STOP = 40, 0, 1
 MAX_MODEL_LEN = 48
@@ -373,7 +374,7 @@ class History(RuleBasedStateMachine):
     @invariant()
     def pages_are_accounted_for(self) -> None:
         if hasattr(self, "scheduler"):
-            self.kv.check([seq.table for seq in self.scheduler._sequences.values()])
+            check_manager(self.kv, [seq.table for seq in self.scheduler._sequences.values()])
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -387,7 +388,7 @@ class History(RuleBasedStateMachine):
         assert not self.live
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
         assert self.kv.usage() == 0
-        self.kv.check([])
+        check_manager(self.kv, [])
 
 
 TestHistory = pytest.mark.timeout(900)(History.TestCase)  # a failure is shrunk for minutes

@@ -66,14 +66,13 @@ class EngineCore:
         return self.kv.reset_prefix_cache()
 
     def _stats(self, step: Step, outputs: list[CoreOutput]) -> EngineStats:
-        now = self.scheduler.stats()
         return EngineStats(
-            num_running=now.num_running,
-            num_waiting=now.num_waiting,
-            kv_usage=now.kv_usage,
-            prefix_queries=now.num_queried,
-            prefix_hits=now.num_hit,
-            num_preemptions=now.num_preemptions,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            kv_usage=self.kv.usage(),
+            prefix_queries=self.kv.num_queried,
+            prefix_hits=self.kv.num_hit,
+            num_preemptions=self.scheduler.num_preemptions,
             prompt_tokens=sum(w.num_tokens for w in step.work if w.num_tokens > 1 or not w.sample),
             generation_tokens=sum(len(o.token_ids) for o in outputs),
         )

@@ -84,25 +84,6 @@ class _Sequence:
 _ORDER = attrgetter("order")
 
 
-@dataclass(frozen=True)
-class SchedulerStats:
-    """Figures of the moment, and counts since the start.
-
-    Attributes:
-        num_running, num_waiting: sequences.
-        kv_usage: share of the pages that running sequences hold.
-        num_preemptions: so far.
-        num_queried, num_hit: tokens of sequences that entered a row, and those of them found in the prefix cache.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    num_preemptions: int
-    num_queried: int
-    num_hit: int
-
-
 @dataclass
 class _Plan:
     """A step in the making."""
@@ -117,6 +98,9 @@ class Scheduler:
 
     Steps may be scheduled ahead: `schedule` may be called again before `update` of the steps before, to any depth.
     `update` takes the results in the order of the steps, and the device runs them in that order.
+
+    Attributes:
+        num_preemptions: so far.
     """
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
@@ -129,7 +113,7 @@ class Scheduler:
         self._freed_rows: list[int] = []
         self._in_flight: deque[tuple[Step, list[_Sequence]]] = deque()
         self._num_added = 0
-        self._num_preemptions = 0
+        self.num_preemptions = 0
 
     @property
     def num_running(self) -> int:
@@ -144,17 +128,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any sequence has not finished, or any step awaits its `update`."""
         return bool(self._sequences or self._in_flight)
-
-    def stats(self) -> SchedulerStats:
-        """Figures for logs and metrics."""
-        return SchedulerStats(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
-            kv_usage=self._kv.usage(),
-            num_preemptions=self._num_preemptions,
-            num_queried=self._kv.num_queried,
-            num_hit=self._kv.num_hit,
-        )
 
     def add(self, request: CoreRequest) -> None:
         """Queue a request; once accepted, it finishes. Raises `RequestError` where it could never run."""
@@ -323,7 +296,7 @@ class Scheduler:
         self._leave(seq)
         seq.num_computed = 0
         seq.num_preemptions += 1
-        self._num_preemptions += 1
+        self.num_preemptions += 1
         insort(self._waiting, seq, key=_ORDER)
 
     def _finish(self, seq: _Sequence) -> None:

@@ -161,14 +161,8 @@ class TorchAttention(AttentionBackend):
 
         token_bytes = spec.num_kv_heads * (spec.head_dim + spec.v_head_dim) * spec.kv_dtype.itemsize
         budget = (_HOST_TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES) // token_bytes
-        start = int((lengths_host <= 0).sum())
-        while start < count:
-            stop, widest = start + 1, ends[start]
-            while stop < count and (stop - start + 1) * max(widest, ends[stop]) <= budget:
-                widest = max(widest, ends[stop])
-                stop += 1
-            tile = slice(start, stop)
-            begin, end = min(begins[tile]), widest
+        for tile in _tiles(ends, int((lengths_host <= 0).sum()), budget):
+            begin, end = min(begins[tile]), max(ends[tile])
             full_begin, full_end = max(begins[tile]) - begin, min(ends[tile]) - begin
 
             columns = first_blocks[tile, None] + torch.arange(-(-end // size), device=device)
@@ -184,7 +178,6 @@ class TorchAttention(AttentionBackend):
                 visible = (keys <= last) & (keys >= _low(spec, last)) if ragged else None
                 distance = keys - last if spec.alibi else None
             yield _Decode(order[tile], blocks, begin, end, full_begin, full_end, visible, distance)
-            start = stop
 
     def _plan_prefills(self, batch: AttentionBatch) -> Iterator[_Prefill]:
         size, count = batch.block_size, batch.num_decodes
@@ -252,10 +245,8 @@ class TorchAttention(AttentionBackend):
     def _decode(self, q: Tensor, cache: PagedCache, tile: _Decode, extras: _Extras) -> tuple[Tensor, Tensor | None]:
         spec, num = self.spec, tile.rows.shape[0]
         used = slice(tile.begin, tile.end)
-        keys = self._keys.gather(cache.keys, tile.blocks).view(num, -1, spec.num_kv_heads, spec.head_dim)[:, used]
-        values = self._values.gather(cache.values, tile.blocks).view(num, -1, spec.num_kv_heads, spec.v_head_dim)[
-            :, used
-        ]
+        keys = self._keys.gather(cache.keys, tile.blocks, num)[:, used]
+        values = self._values.gather(cache.values, tile.blocks, num)[:, used]
         visible = tile.visible
         if visible is not None:
             for part in (slice(0, tile.full_begin), slice(tile.full_end, None)):
@@ -294,8 +285,8 @@ class TorchAttention(AttentionBackend):
             keys, values = k[tokens], v[tokens]
         else:
             origin = request.origin
-            keys = self._keys.gather(cache.keys, request.blocks).to(q.dtype)
-            values = self._values.gather(cache.values, request.blocks).to(q.dtype)
+            keys = self._keys.gather(cache.keys, request.blocks, 1)[0].to(q.dtype)
+            values = self._values.gather(cache.values, request.blocks, 1)[0].to(q.dtype)
         for part in request.slices:
             rows = slice(request.token + part.begin - request.start, request.token + part.end - request.start)
             seen = slice(part.low - origin, part.high - origin)
@@ -392,8 +383,8 @@ class _Workspace:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
-        """Positions of `blocks` (int64 [n]) in order: [n * B, K, D], valid until the next call."""
+    def gather(self, cache: Tensor, blocks: Tensor, num_requests: int) -> Tensor:
+        """What `blocks` [b * n] of b requests hold, in order: [b, n * B, K, D], valid until the next call."""
         shape = (blocks.shape[0], *cache.shape[1:])
         numel = blocks.shape[0] * cache[0].numel()
         if self._buffer is None or self._buffer.numel() < numel:
@@ -401,7 +392,18 @@ class _Workspace:
             self._buffer = torch.empty(numel, dtype=cache.dtype, device=cache.device)
         gathered = self._buffer[:numel].view(shape)
         torch.index_select(cache, 0, blocks, out=gathered)
-        return gathered.flatten(0, 1)
+        return gathered.view(num_requests, -1, *cache.shape[2:])
+
+
+def _tiles(widths: list[int], start: int, budget: int) -> Iterator[slice]:
+    """Cut requests from `start` on into runs of which ``number * largest width`` stays within `budget`, or of one."""
+    while start < len(widths):
+        stop, widest = start + 1, widths[start]
+        while stop < len(widths) and (stop - start + 1) * max(widest, widths[stop]) <= budget:
+            widest = max(widest, widths[stop])
+            stop += 1
+        yield slice(start, stop)
+        start = stop
 
 
 def _low(spec: AttentionSpec, position: Tensor) -> Tensor:

@@ -94,15 +94,3 @@ class BlockAllocator:
         assert key is not None
         del self._cached[key]
         self._keys[block] = None
-
-    def check(self, referenced: Iterable[int]) -> None:
-        """Assert the invariants; for tests. `referenced` are the entries of all block tables, nulls and repeats too."""
-        refs = [0] * len(self._refs)
-        for block in referenced:
-            refs[block] += block > 0
-        assert refs == self._refs, "reference counts differ from the block tables"
-        free = [*self._blank, *self._idle]
-        assert sorted(free) == [i for i in range(1, len(refs)) if refs[i] == 0], "free pages are not the unreferenced"
-        assert all(self._keys[i] is None for i in self._blank)
-        assert all(self._keys[i] is not None for i in self._idle)
-        assert self._cached == {key: i for i, key in enumerate(self._keys) if key is not None}

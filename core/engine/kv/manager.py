@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import chain
 
 from engine.config import CacheConfig
 from engine.kv.allocator import BlockAllocator
@@ -177,14 +176,6 @@ class KVCacheManager:
             return False
         self.allocator.reset()
         return True
-
-    def check(self, tables: Sequence[BlockTable]) -> None:
-        """Assert the invariants, given all tables; for tests."""
-        self.allocator.check(chain.from_iterable(blocks for table in tables for blocks in table.blocks))
-        for table in tables:
-            for blocks, dead in zip(table.blocks, table.num_dead, strict=True):
-                assert not any(blocks[:dead]), "a dead block is held"
-                assert all(blocks[dead:]), "a live block was given up"
 
     def _drop_dead(self, table: BlockTable, num_computed: int) -> None:
         for g, spec in enumerate(self._specs):
