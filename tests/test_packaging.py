@@ -66,11 +66,12 @@ def test_wheel_has_the_demo_model(wheel: Contents) -> None:
     assert any(name.endswith(".safetensors") for name in files)
 
 
-def test_wheel_has_the_licence_and_the_version(wheel: Contents) -> None:
+def test_wheel_has_the_licences_and_the_version(wheel: Contents) -> None:
     metadata = Parser().parsestr(wheel[f"{DIST_INFO}/METADATA"].decode())
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert b"Apache License" in wheel[f"{DIST_INFO}/licenses/LICENSE"]
+    for path in PROJECT["project"]["license-files"]:
+        assert wheel[f"{DIST_INFO}/licenses/{path}"] == (ROOT / path).read_bytes()
 
 
 def test_entry_points_name_what_is_there(wheel: Contents) -> None:

@@ -657,10 +657,9 @@ std::shared_ptr<const Shapes> ask_for_shapes(const OperatorHandle& op, const Sta
   Stack stack;
   for (const auto& arg : args)
     stack.push_back(arg.isDevice() ? IValue(c10::Device(c10::kMeta)) : map_tensors(arg, [](const Tensor& t) -> Tensor {
-      if (!t.defined()) return t;
-      Tensor shape = at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
-      if (t.unsafeGetTensorImpl()->is_wrapped_number()) shape.unsafeGetTensorImpl()->set_wrapped_number(true);
-      return shape;
+      // A plain number stays one; other numbers of the host must not look like tensors of another device.
+      if (!t.defined() || t.unsafeGetTensorImpl()->is_wrapped_number()) return t;
+      return at::detail::empty_strided_meta(t.sizes(), t.strides(), t.scalar_type());
     }));
   std::vector<Shape> found;
   try {
