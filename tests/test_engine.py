@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine import LLM, RequestOutput, SamplingParams
 from engine.errors import ConfigError, EngineDeadError, RequestError
 from engine.extensions.serving import AsyncLLM
-from engine_conformance.architectures import compare
+from engine_conformance.architectures import check_architecture, compare
 from engine_conformance.tiny_models import tiny_model
 
 GREEDY = SamplingParams(
@@ -217,6 +217,13 @@ def test_bad_requests_name_what_is_wrong(folder: Path, prompt: Any, params: dict
 def test_bad_options_name_the_option(folder: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         small(folder, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_low_precision_is_as_exact_as_transformers(name: str, dtype: torch.dtype) -> None:
+    outcome = check_architecture(name, "cpu", dtype)
+    assert outcome.status == "right", outcome
 
 
 async def collect(llm: AsyncLLM, prompt: list[int], params: SamplingParams, request_id: str) -> RequestOutput:

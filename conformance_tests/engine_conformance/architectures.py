@@ -8,6 +8,7 @@ likeliest one there.
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ import torch
 
 from engine import LLM, RequestOutput, SamplingParams
 from engine.errors import UnsupportedModelError
+from engine.plugins import load_platform
 from engine_conformance.tiny_models import UNRUNNABLE, tiny_model
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
-"""Largest difference of log probabilities. A token within it of the likeliest one counts as a tie."""
+TOLERANCE = 1e-4
+"""Largest difference of log probabilities in fp32. A token within it of the likeliest one counts as a tie.
+
+In lower precision the bound is twice the error of eager Transformers in the same precision; both errors are against the
+same weights in fp32. It means little for experts, where rounding can send a token elsewhere.
+"""
 
 _NEW_TOKENS = 12
 _TOKENS = list(range(3, 128))
@@ -54,24 +60,30 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
     """Build a tiny model of architecture `name`, run it on `platform`, compare; the engine's faults are outcomes."""
     if name in UNRUNNABLE:
         return Outcome(name, "refused", f"no reference: {UNRUNNABLE[name]}")
-    model = tiny_model(name, dtype=dtype)
+    model: Any = tiny_model(name, dtype=dtype)
+    block_size = min((b for b in range(4, 1025) if b in load_platform(platform).capabilities().block_sizes), default=16)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
-            runs = _run(name, Path(folder), platform, dtype, options)
+            runs = _run(name, Path(folder), platform, dtype, {"block_size": block_size, **options})
         except UnsupportedModelError as error:
             return Outcome(name, "refused", str(error))
         except Exception as error:
             return Outcome(name, "failed", f"{type(error).__name__}: {error}")
     preemptions = sum(o.metrics.num_preemptions for run in runs for o in run if o.metrics)
     cached = sum(o.num_cached_tokens for run in runs for o in run)
-    worst = 0.0
-    for output in (o for run in runs for o in run):
-        detail, difference = compare(model, output, TOLERANCE[dtype])
+    outputs = [o for run in runs for o in run]
+    tolerance, worst = TOLERANCE, 0.0
+    if dtype is not torch.float32:
+        exact = copy.deepcopy(model).float()
+        tolerance = 2 * max((reference(model, o) - reference(exact, o)).abs().max().item() for o in outputs)
+        model = exact
+    for output in outputs:
+        detail, difference = compare(model, output, tolerance)
         worst = max(worst, difference)
         if detail:
             return Outcome(name, "wrong", detail, worst, preemptions, cached)
-    if not preemptions or not cached:
+    if not (preemptions and cached) and block_size <= 4:  # larger blocks leave these sequences nothing to fight for
         return Outcome(name, "wrong", "the run had no preemption, or no prefix hit", worst, preemptions, cached)
     return Outcome(name, "right", "", worst, preemptions, cached)
 
@@ -93,7 +105,6 @@ def _run(
         "max_model_len": _MAX_MODEL_LEN,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 8,
-        "block_size": 4,
         **options,
     }
     prompts = _prompts(name)
@@ -112,24 +123,25 @@ def _run(
 
 
 @torch.no_grad()
+def reference(model: torch.nn.Module, output: RequestOutput) -> torch.Tensor:
+    """Log probabilities fp32 [tokens, V] that `model` has where `output` has its tokens."""
+    ids = torch.tensor([output.prompt_token_ids + output.outputs[0].token_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(output.prompt_token_ids) - 1 : -1]
+    return logits.float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
 def compare(model: torch.nn.Module, output: RequestOutput, tolerance: float) -> tuple[str, float]:
     """What is wrong with a greedy output, if anything, and the largest difference of log probabilities."""
     tokens, logprobs = output.outputs[0].token_ids, output.outputs[0].logprobs
     assert logprobs is not None
-    ids = torch.tensor([output.prompt_token_ids + tokens])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(output.prompt_token_ids) - 1 : -1]
-    reference = logits.float().log_softmax(-1)
-    worst = 0.0
+    expected, worst = reference(model, output), 0.0
     for i, (token, given) in enumerate(zip(tokens, logprobs, strict=True)):
-        ours = torch.tensor([given[j].logprob for j in range(reference.shape[1])])
-        difference = (ours - reference[i]).abs().max().item()
+        ours = torch.tensor([given[j].logprob for j in range(expected.shape[1])])
+        difference = (ours - expected[i]).abs().max().item()
         worst = max(worst, difference if difference == difference else float("inf"))
         if worst > tolerance:
             return f"log probabilities of output token {i} differ by {worst:.2e}", worst
-        best = reference[i, _TOKENS].max()
-        if reference[i, token] < best - tolerance:
-            return (
-                f"output token {i} is {token}, the reference has a likelier one by {best - reference[i, token]}",
-                worst,
-            )
+        behind = expected[i, _TOKENS].max() - expected[i, token]
+        if behind > tolerance:
+            return f"output token {i} is {token}, and the reference has a likelier one by {behind:.2e}", worst
     return "", worst

@@ -23,8 +23,6 @@ from engine.logprobs import DeviceLogprobs, pack_logprobs
 from engine.request import CoreRequest, LogitsProcessor, SamplingParams
 from engine.staging import Staged, Staging
 
-__all__ = ["DeviceLogprobs", "Sampled", "Sampler", "SamplingPlan"]
-
 _GREEDY, _AMONG, _ALL = 0, 1, 2  # how a row is drawn; `_ALL` with the flags of the filters that it uses
 _TOP_K, _TOP_P = 4, 8
 _AMONG_K = 1024  # up to here the k likeliest are looked up; beyond, the whole vocabulary is filtered in place
@@ -33,8 +31,6 @@ _FP32 = np.finfo(np.float32)
 _PROMPT = 1 << 30  # a token's history: its count in the output, this flag, and negative if it is not allowed
 _COUNT = _PROMPT - 1
 _BANNED = -(1 << 31)
-
-_Ints = NDArray[np.int64]
 
 
 @dataclass
@@ -47,71 +43,41 @@ class Sampled:
 
 @dataclass
 class _Group:
-    """Rows that are drawn in one way.
-
-    Attributes:
-        ints: int64 [4, R]: index in the step, uniform number, top_k, top_p.
-        floats: fp32 [2, R]: temperature, min_p.
-        max_k: largest top_k.
-        min_p: whether a row has one.
-    """
+    """Rows that are drawn in one way."""
 
     kind: int
-    ints: Staged
-    floats: Staged
-    max_k: int
-    min_p: bool
+    ints: Staged  # int64 [4, R]: index in the step, uniform number, top_k, top_p
+    floats: Staged  # fp32 [2, R]: temperature, min_p
+    max_k: int  # the largest top_k
+    min_p: bool  # whether a row has one
 
 
 @dataclass
 class SamplingPlan:
-    """A step's sampling as the host prepared it; its device arrays are good after `Staging.upload`.
+    """A step's sampling as the host prepared it; its device arrays are good after `Staging.upload`."""
 
-    Attributes:
-        num_rows: S.
-        groups: the rows that are not greedy.
-        bans: int64, indices into the flat logits that become -inf.
-        bias: the same, and what is added there.
-        processors: index, custom processors and output of a row.
-        history: int64 [2, R], index and slot; fp32 [3, R], penalties.
-        banned, repetition, additive: whether a row has allowed ids, a repetition penalty, one of the other two.
-        wanted: int64, indices of rows that want log probabilities.
-        wanted_counts: how many each.
-    """
-
-    num_rows: int
-    groups: list[_Group] = field(default_factory=list)
-    bans: Staged | None = None
-    bias: tuple[Staged, Staged] | None = None
-    processors: list[tuple[int, list[LogitsProcessor], list[int]]] = field(default_factory=list)
-    history: tuple[Staged, Staged] | None = None
-    banned: bool = False
-    repetition: bool = False
-    additive: bool = False
-    wanted: Staged | None = None
-    wanted_counts: list[int] = field(default_factory=list)
+    num_rows: int  # S
+    groups: list[_Group] = field(default_factory=list)  # the rows that are not greedy
+    bans: Staged | None = None  # int64, indices into the flat logits that become -inf
+    bias: tuple[Staged, Staged] | None = None  # the same, and what is added there
+    processors: list[tuple[int, list[LogitsProcessor], list[int]]] = field(default_factory=list)  # index, ..., output
+    history: tuple[Staged, Staged] | None = None  # int64 [2, R], index and slot; fp32 [3, R], penalties
+    banned: bool = False  # whether a row has allowed ids
+    repetition: bool = False  # whether a row has a repetition penalty
+    additive: bool = False  # whether a row has one of the other two
+    wanted: Staged | None = None  # int64, indices of rows that want log probabilities
+    wanted_counts: list[int] = field(default_factory=list)  # how many each
 
 
 @dataclass
 class _Edits:
-    """What a row changes in its logits, beside penalties; few rows have any.
+    """What a row changes in its logits, beside penalties; few rows have any."""
 
-    Attributes:
-        stops: not before `min_tokens`.
-        bias: ids and values.
-        bad: sequences that must not be completed.
-        processors: custom ones.
-        output: kept only for `bad` and `processors`.
-    """
-
-    stops: list[int]
-    bias: tuple[_Ints, NDArray[np.float32]]
-    bad: list[list[int]]
+    stops: list[int]  # not before `min_tokens`
+    bias: dict[int, float]
+    bad: list[list[int]]  # sequences that must not be completed
     processors: list[LogitsProcessor]
-    output: list[int]
-
-    def nbytes(self) -> int:
-        return 8 * (len(self.stops) + len(self.bad)) + 12 * len(self.bias[0])
+    output: list[int]  # kept only for `bad` and `processors`
 
 
 class Sampler:
@@ -129,9 +95,7 @@ class Sampler:
     def __init__(
         self, vocab_size: int, max_rows: int, device: torch.device, seed: int = 0, rows_at_once: int = 64
     ) -> None:
-        self.vocab_size = vocab_size
-        self._rows_at_once = rows_at_once
-        self._default_seed = seed
+        self.vocab_size, self._default_seed, self._rows_at_once = vocab_size, seed, rows_at_once
         self._kind = np.zeros(max_rows, np.int64)
         self._tops = np.zeros((2, max_rows), np.int64)  # top_k, top_p
         self._floats = np.zeros((2, max_rows), np.float32)  # temperature, min_p
@@ -144,8 +108,6 @@ class Sampler:
         self._edits: dict[int, _Edits] = {}
         self._history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._free: list[int] = []
-
-    # ---------------------------------------------------------------- rows
 
     def admit(self, row: int, request: CoreRequest, token_ids: list[int]) -> None:
         """A sequence enters `row`, for the first time or after a preemption; `token_ids` is prompt and output so far.
@@ -168,9 +130,7 @@ class Sampler:
         bad = [ids for ids in request.bad_token_ids if ids and self._known(ids) == ids]
         processors = list(params.logits_processors or ())
         if stops or bias or bad or processors:
-            arrays = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
-            output = token_ids[num_prompt:] if bad or processors else []
-            self._edits[row] = _Edits(stops, arrays, bad, processors, output)
+            self._edits[row] = _Edits(stops, bias, bad, processors, token_ids[num_prompt:] if bad or processors else [])
         if params.allowed_token_ids is not None or (self._penalties[:, row] != (1, 0, 0)).any():
             self._slot[row] = slot = self._free.pop() if self._free else self._grow()
             self._history[slot] = torch.from_numpy(self._past(token_ids, num_prompt, params.allowed_token_ids))
@@ -207,9 +167,7 @@ class Sampler:
         past = np.bincount(self._known(token_ids[num_prompt:]), minlength=self.vocab_size).astype(np.int32)
         past[self._known(token_ids[:num_prompt])] |= _PROMPT
         if allowed is not None:
-            banned = np.full(self.vocab_size, _BANNED, np.int32)
-            banned[self._known(allowed)] = 0
-            past |= banned
+            past[np.delete(np.arange(self.vocab_size), self._known(allowed))] |= _BANNED
         return past
 
     def _grow(self) -> int:
@@ -220,11 +178,10 @@ class Sampler:
         self._free = list(range(size, len(self._history)))
         return self._free.pop()
 
-    # ---------------------------------------------------------------- before the model runs
-
     def nbytes(self, num_rows: int) -> int:
         """At most this many bytes are staged by a `plan` of `num_rows` rows."""
-        return 80 * num_rows + sum(e.nbytes() for e in self._edits.values())
+        edits = self._edits.values()
+        return 80 * num_rows + sum(8 * (len(e.stops) + len(e.bad)) + 12 * len(e.bias) for e in edits)
 
     def plan(self, rows: list[int], positions: list[int], staging: Staging) -> SamplingPlan:
         """Stage what `sample` needs on the device.
@@ -260,25 +217,20 @@ class Sampler:
 
     def _plan_edits(self, plan: SamplingPlan, rows: list[int], early: NDArray[np.bool_], staging: Staging) -> None:
         bans: list[int] = []
-        biases: list[tuple[_Ints, NDArray[np.float32]]] = []
+        bias: dict[int, float] = {}
         for i, row in enumerate(rows):
-            edits = self._edits.get(row)
-            if edits is None:
-                continue
-            start = i * self.vocab_size
-            bans += [start + token for token in edits.stops if early[i]]
-            bans += [start + ids[-1] for ids in edits.bad if _ends_with(edits.output, ids[:-1])]
-            if edits.bias[0].size:
-                biases.append((start + edits.bias[0], edits.bias[1]))
-            if edits.processors:
-                plan.processors.append((i, edits.processors, edits.output))
+            if edits := self._edits.get(row):
+                start = i * self.vocab_size
+                bans += [start + token for token in edits.stops if early[i]]
+                bans += [start + ids[-1] for ids in edits.bad if _ends_with(edits.output, ids[:-1])]
+                bias |= {start + token: value for token, value in edits.bias.items()}
+                if edits.processors:
+                    plan.processors.append((i, edits.processors, edits.output))
         if bans:
             plan.bans = staging.add(np.array(bans, np.int64))
-        if biases:
-            ids, values = zip(*biases, strict=True)
-            plan.bias = staging.add(np.concatenate(ids)), staging.add(np.concatenate(values))
-
-    # ---------------------------------------------------------------- after the model ran
+        if bias:
+            values = np.array(list(bias.values()), np.float32)
+            plan.bias = staging.add(np.array(list(bias), np.int64)), staging.add(values)
 
     def sample(self, logits: Tensor, plan: SamplingPlan) -> Sampled:
         """Choose a token for each row of `logits` [S, V], of any float dtype; they are not changed.
@@ -306,21 +258,16 @@ class Sampler:
         return Sampled(token_ids, DeviceLogprobs(packed, counts, plan.wanted.host.tolist(), plan.num_rows))
 
     def prompt_logprobs(self, logits: Tensor, next_token_ids: Tensor, num: int) -> DeviceLogprobs:
-        """Log probabilities of a prompt's tokens.
+        """Log probabilities of `next_token_ids`, int64 [P], which follow the prompt positions of `logits` [P, V].
 
-        Args:
-            logits: [P, V], of prompt positions.
-            next_token_ids: int64 [P], on the same device: the tokens that follow these positions.
-            num: how many likeliest tokens besides; -1 for all.
+        `num` is how many likeliest tokens come besides; -1 for all.
         """
         size, num = len(logits), self._num_logprobs(num)
         return DeviceLogprobs(pack_logprobs(logits, next_token_ids, num), [num] * size, list(range(size)), size)
 
     @staticmethod
     def _draw(x: Tensor, group: _Group, part: slice) -> Tensor:
-        _, u, top_k, top_p = group.ints.device[:, part, None]
-        temperature, min_p = group.floats.device[:, part, None]
-        filters = Filters(u, top_k, top_p, temperature, min_p)
+        filters = Filters(*group.ints.device[1:, part, None], *group.floats.device[:, part, None])
         if group.kind == _AMONG:
             return draw_among(x.float(), filters, group.max_k)
         use_k, use_p = bool(group.kind & _TOP_K), bool(group.kind & _TOP_P)
@@ -334,8 +281,7 @@ class Sampler:
         if plan.history is not None and plan.banned:
             index, slots = plan.history[0].device
             for part in self._parts(len(index)):
-                rows = x[index[part]].masked_fill_(self._history[slots[part]] < 0, -torch.inf)
-                x[index[part]] = rows
+                x[index[part]] = x[index[part]].masked_fill_(self._history[slots[part]] < 0, -torch.inf)
         if plan.bans is not None:
             x.view(-1).index_fill_(0, plan.bans.device, -torch.inf)
         if plan.bias is not None:

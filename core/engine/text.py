@@ -7,7 +7,6 @@ token ids -> IncrementalDetokenizer -> StopChecker -> CompletionOutput.text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ _CONTEXT = 6  # prompt tokens that are decoded with the first new one
 
 
 class Tokenizer:
-    """A tokenizer of Transformers, with what the engine needs of it.
-
-    Attributes:
-        hf: the tokenizer itself, for everything else.
-    """
+    """A tokenizer of Transformers, with what the engine needs of it; `hf` is the tokenizer itself."""
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
@@ -73,16 +68,14 @@ class Tokenizer:
             continue_final_message: leave the last message open, to be continued; wins over `add_generation_prompt`.
             variables: further variables of the template.
 
-        Raises:
-            RequestError: there is no template, it is no valid Jinja, or it refuses the messages.
+        Raises `RequestError` if there is no template, it is no valid Jinja, or it refuses the messages.
         """
         if not messages:
             raise RequestError("the conversation is empty; it needs at least one message")
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise RequestError(
-                    f'a message is a dictionary like {{"role": "user", "content": "Hello"}}, this one is {message!r}'
-                )
+                like = {"role": "user", "content": "Hello"}
+                raise RequestError(f"a message is a dictionary like {like}, this one is {message!r}")
         if not (chat_template or getattr(self.hf, "chat_template", None)):
             raise RequestError(
                 "the model's tokenizer has no chat template; pass one as chat_template (Jinja source), or write the "
@@ -104,15 +97,9 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str, *, trust_remote_code: bool = False, vocab_size: int | None = None) -> Tokenizer:
-    """Load the tokenizer in `folder`; nothing is downloaded.
+    """Load the tokenizer in `folder`; nothing is downloaded. `vocab_size` is how many rows the model's embedding has.
 
-    Args:
-        folder: with tokenizer.json, or what the model's own tokenizer class reads.
-        trust_remote_code: run Python code that comes with the checkpoint.
-        vocab_size: rows of the model's embedding, to check that all ids fit.
-
-    Raises:
-        CheckpointError: there is no tokenizer, it cannot be read, or it has more tokens than the model.
+    Raises `CheckpointError` if there is no tokenizer, it cannot be read, or it has more tokens than the model.
     """
     if not (trust_remote_code or any(any(Path(folder).glob(pattern)) for pattern in _FILES)):
         raise CheckpointError(
@@ -140,11 +127,6 @@ class IncrementalDetokenizer:
     A character is held back until all of its bytes are there. Text is decoded in a window that starts with the tokens
     of the last piece, since the text of a token depends on the one before it; at first these are of the prompt, so that
     a word that follows it keeps its space. What a decoder makes of later tokens never changes a piece that is out.
-
-    Args:
-        tokenizer: whose ids.
-        prompt_token_ids: what the new tokens follow.
-        skip_special_tokens: leave them out of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
@@ -168,15 +150,11 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """The end: what was held back, as far as it is text."""
-        piece = self._beyond_shown(self._decode(self._window))
-        self._show(self._window)
-        return piece
+        return self._beyond_shown(self._decode(self._window))
 
     def _beyond_shown(self, text: str) -> str:
-        shown = self._shown
-        if not text.startswith(shown):
-            # The prompt ended in half a character, which is whole now: it belongs to the new text.
-            shown = shown.rstrip(_HALF)
+        # Where the prompt ended in half a character that is whole now, it belongs to the new text.
+        shown = self._shown if text.startswith(self._shown) else self._shown.rstrip(_HALF)
         return text[len(shown) :]
 
     def _show(self, token_ids: Sequence[int]) -> None:
@@ -193,11 +171,7 @@ class StopChecker:
     """Finds stop strings in text that comes in pieces, and holds back what may become one.
 
     The stop string that is complete first ends the text; of several that end at the same character, the longest. So the
-    outcome does not depend on how the text was cut into pieces.
-
-    Args:
-        stops: non-empty strings.
-        include: keep the stop string in the text.
+    outcome does not depend on how the text was cut into pieces. `include` keeps the stop string in the text.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -232,41 +206,22 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-@dataclass
-class Delta:
-    """What one step added to a completion; `logprobs` as in `CompletionOutput`."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None
-
-
 class SequenceOutput:
-    """One completion while it grows.
-
-    Args:
-        index: which of the request's `n`.
-        params: of the request.
-        tokenizer: None makes no text.
-        prompt_token_ids: of the request.
+    """One completion while it grows; without a tokenizer it has no text.
 
     Attributes:
         completion: all so far; text that may yet become part of a stop string is not in it.
-        delta: what the last `push` added.
     """
 
     def __init__(
         self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int]
     ) -> None:
         self.completion = CompletionOutput(index)
-        self.delta = Delta()
         self._params = params
         self._tokenizer = tokenizer
-        self._detokenizer = (
-            IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
-            if tokenizer is not None and params.detokenize
-            else None
-        )
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stops = StopChecker(list(params.stop or ()), params.include_stop_str_in_output)
         if params.logprobs is not None:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
@@ -277,9 +232,7 @@ class SequenceOutput:
         The completion then has the finish reason ``"stop"`` though `output` has none: the core must be told to abort.
         The text of a stop token is left out, unless `include_stop_str_in_output`.
         """
-        done = self.completion
-        self.delta = Delta(logprobs=None if done.logprobs is None else [])
-        stop: str | None = None
+        done, stop = self.completion, None
         for i, token_id in enumerate(output.token_ids):
             self._add_token(token_id, output.logprobs[i] if output.logprobs else None)
             ends = output.finish_reason == "stop" and i == len(output.token_ids) - 1
@@ -289,8 +242,7 @@ class SequenceOutput:
                     break
         if stop is None and output.finish_reason is not None and self._detokenizer is not None:
             stop = self._add_text(self._detokenizer.flush())
-            self.delta.text += self._stops.flush()
-        done.text += self.delta.text
+            done.text += self._stops.flush()
         if stop is not None:
             done.finish_reason, done.stop_reason = "stop", stop
         elif output.finish_reason is not None:
@@ -308,16 +260,14 @@ class SequenceOutput:
         return found
 
     def _add_token(self, token_id: int, entry: TokenLogprobs | None) -> None:
-        self.completion.token_ids.append(token_id)
-        self.delta.token_ids.append(token_id)
-        if entry is not None and self.completion.logprobs is not None and self.delta.logprobs is not None:
-            found = self.logprob_dict(entry)
-            self.completion.logprobs.append(found)
-            self.delta.logprobs.append(found)
-            self.completion.cumulative_logprob = (self.completion.cumulative_logprob or 0.0) + entry.logprobs[0]
+        done = self.completion
+        done.token_ids.append(token_id)
+        if entry is not None and done.logprobs is not None:
+            done.logprobs.append(self.logprob_dict(entry))
+            done.cumulative_logprob = (done.cumulative_logprob or 0.0) + entry.logprobs[0]
 
     def _add_text(self, piece: str) -> str | None:
         armed = len(self.completion.token_ids) > self._params.min_tokens
         text, stop = self._stops.push(piece, armed)
-        self.delta.text += text
+        self.completion.text += text
         return stop

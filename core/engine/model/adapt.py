@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from engine.model import attention, experts, probe
 from engine.model.attention import AttentionLayer, StepContext
 from engine.model.checkpoint import read_index
 from engine.model.config import ModelSource, max_model_len, read_config, resolve_dtype
-from engine.model.linear import fuse, pack
+from engine.model.linear import fuse
 from engine.model.load import LoadPlan, allocate, fill_dummy
 from engine.model.probe import Observations
 from engine.plugins import get_hooks
@@ -33,11 +34,9 @@ _STATES = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid",
 
 
 class AdaptedModel:
-    """A loaded model.
+    """A loaded model: Transformers' module, its parts exchanged.
 
     Attributes:
-        model: Transformers' module, its parts exchanged.
-        config: its configuration.
         attention_layers: by name, in the order in which they run.
         context: what attention reads in each step.
         vocab_size: V of the logits.
@@ -63,11 +62,9 @@ class AdaptedModel:
         Returns:
             [S, V] in the model's dtype, after whatever the model does to its logits.
         """
-        if self._keeps_logits:
-            logits: Tensor = self.run(input_ids, position_ids, logits_to_keep=logits_index).logits[0]
-            return logits
-        logits = self.run(input_ids, position_ids).logits[0]
-        return logits[logits_index]
+        kept = {"logits_to_keep": logits_index} if self._keeps_logits else {}
+        logits: Tensor = self.run(input_ids, position_ids, **kept).logits[0]
+        return logits if kept else logits[logits_index]
 
     def run(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Any:
         """The model's own output for the flattened tokens of a batch, int64 [N], with a batch dimension of 1."""
@@ -102,7 +99,9 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
         if adapted.max_model_len is not None:
             adapted.max_model_len -= reserved or 0
     use(model, probe.IMPLEMENTATION)
-    seen = _observe_without_data(adapted)
+    seen: Observations | None = None
+    with suppress(UnsupportedModelError):  # where the model's code looks at data, the weights must come first
+        seen = probe.observe(model, adapted.run, torch.device("meta"))
     if seen is not None:
         adapted.attach(seen, platform, kv_dtype)
     projections = fuse(model, seen or Observations(), all_linears=linear is not None)
@@ -113,7 +112,8 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     else:
         fill_dummy(model, source.seed)
     if linear is not None:
-        pack(projections, linear)
+        for projection in projections:
+            projection.pack(linear)
 
     if seen is None:
         seen = probe.observe(model, adapted.run, device.torch_device)
@@ -132,9 +132,8 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, **options
-            )
+            auto: Any = AutoModelForCausalLM
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code, **options)
         except ValueError as error:
             # The text part of a larger model, saved by itself, is known by its class only.
             part = getattr(transformers, (config.architectures or [""])[0], None)
@@ -173,14 +172,6 @@ def _refuse_states(model: PreTrainedModel) -> None:
     else:
         return
     raise UnsupportedModelError(f"{type(model).__name__} has {what}, which is not built yet")
-
-
-def _observe_without_data(adapted: AdaptedModel) -> Observations | None:
-    """What a probe sees before there are weights; None where the model's code looks at data."""
-    try:
-        return probe.observe(adapted.model, adapted.run, torch.device("meta"))
-    except UnsupportedModelError:
-        return None
 
 
 def _check_tokens_apart(adapted: AdaptedModel, device: torch.device) -> None:

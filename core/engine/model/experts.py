@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights, Platform
+from engine.interfaces import ExpertsSpec, ExpertWeights, Platform
 from engine.model.probe import Observations
-
-IMPLEMENTATION = "engine"
-"""The name under which Transformers finds `engine_experts`."""
-
-
-@dataclass
-class ExpertsLayer:
-    """One layer of experts: the platform's method and the layer's parameters."""
-
-    method: ExpertsMethod
-    weights: ExpertWeights
 
 
 _numbers = itertools.count()
-_layers: weakref.WeakValueDictionary[int, ExpertsLayer] = weakref.WeakValueDictionary()
+_modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 _library = torch.library.Library("engine", "FRAGMENT")
 _library.define("experts(Tensor x, Tensor expert_ids, Tensor scores, Tensor handle) -> Tensor")
 
 
 def _experts(x: Tensor, expert_ids: Tensor, scores: Tensor, handle: Tensor) -> Tensor:
-    layer = _layers[int(handle.item())]
-    return layer.method.apply(x, expert_ids, scores, layer.weights)
+    module = _modules[int(handle.item())]
+    result: Tensor = module.engine_method.apply(x, expert_ids, scores, module.engine_weights)
+    return result
 
 
 _library.impl("experts", _experts, "CompositeExplicitAutograd")
@@ -50,7 +39,7 @@ def engine_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return result
 
 
-ExpertsInterface.register(IMPLEMENTATION, engine_experts)
+ExpertsInterface.register("engine", engine_experts)
 
 
 def attach(seen: Observations, platform: Platform) -> None:
@@ -77,6 +66,6 @@ def attach(seen: Observations, platform: Platform) -> None:
             transposed=module.is_transposed,
             dtype=weights.up.dtype,
         )
-        number = next(_numbers)
-        module.engine_experts = _layers[number] = ExpertsLayer(platform.experts(spec), weights)
-        module.engine_handle = torch.tensor(number)
+        module.engine_method, module.engine_weights = platform.experts(spec), weights
+        module.engine_handle = torch.tensor(next(_numbers))
+        _modules[int(module.engine_handle)] = module

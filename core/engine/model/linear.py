@@ -9,7 +9,7 @@ keep their names and hold views of the one weight, so a checkpoint streams strai
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Projection(nn.Module):
         self._method: LinearMethod | None = None
         self._packed: object = None
         self._input: Tensor | None = None
-        self._slices: list[Tensor | None] = []
+        self._slices: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., rows of all members]."""
@@ -51,12 +51,10 @@ class Projection(nn.Module):
         """What member `index` makes of x; computed once for all members that are called with the same tensor."""
         if len(self._sizes) == 1:
             return self.forward(x)
-        if self._input is not x or self._slices[index] is None:
-            self._slices = list(self.forward(x).split(self._sizes, -1))
-        result = self._slices[index]
-        assert result is not None
-        self._slices[index] = None
-        self._input = None if all(rest is None for rest in self._slices) else x
+        if self._input is not x or index not in self._slices:
+            self._slices = dict(enumerate(self.forward(x).split(self._sizes, -1)))
+        result = self._slices.pop(index)
+        self._input = x if self._slices else None
         return result
 
     def allocate(self, device: torch.device) -> None:
@@ -73,12 +71,12 @@ class Projection(nn.Module):
         self._store(self.weight.data.to("meta"), None if bias is None else bias.to("meta"))
 
     def _store(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = _frozen(weight), None if bias is None else _frozen(bias)
+        self.weight, self.bias = frozen(weight), None if bias is None else frozen(bias)
         begin = 0
         for member in self.members:
-            member.weight = _frozen(weight.narrow(0, begin, member.out_features))
+            member.weight = frozen(weight.narrow(0, begin, member.out_features))
             if bias is not None:
-                member.bias = _frozen(bias.narrow(0, begin, member.out_features))
+                member.bias = frozen(bias.narrow(0, begin, member.out_features))
             begin += member.out_features
 
 
@@ -105,11 +103,8 @@ def fuse(model: nn.Module, seen: Observations, *, all_linears: bool) -> list[Pro
     Siblings are fused where they were always called with the same, unchanged tensor, agree in dtype and in having a
     bias, and share their parameters with nothing else.
 
-    Args:
-        model: on `meta`.
-        seen: the observations of a probe.
-        all_linears: also wrap layers that stand alone, for a platform that packs weights. Layers that the probe did not
-            see stay as they are.
+    `model` is on `meta`. `all_linears` wraps layers that stand alone too, for a platform that packs weights. Layers that
+    the probe did not see stay as they are.
     """
     users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     projections = []
@@ -130,11 +125,6 @@ def fuse(model: nn.Module, seen: Observations, *, all_linears: bool) -> list[Pro
     return projections
 
 
-def pack(projections: Iterable[Projection], method: LinearMethod) -> None:
-    """Hand every projection's weight to the platform."""
-    for projection in projections:
-        projection.pack(method)
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is not trained, of `tensor`."""
     return nn.Parameter(tensor, requires_grad=False)

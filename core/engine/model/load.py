@@ -16,23 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers import core_model_loading as hf
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from engine.errors import CheckpointError
 from engine.interfaces import Device
 from engine.model.checkpoint import Entry
-from engine.model.linear import Projection
+from engine.model.linear import Projection, frozen
 
 _STAGING_BYTES = 16 << 20
 _THREADS = 4
@@ -47,7 +40,7 @@ Job = tuple[Entry, Tensor]
 class _Merge:
     """Entries of which Transformers makes other tensors, by the patterns that matched their names."""
 
-    converter: WeightConverter
+    converter: hf.WeightConverter
     sources: dict[str, list[Entry]] = field(default_factory=dict)
 
     def make(self, model: PreTrainedModel, name: str, load: Callable[[Entry], Tensor]) -> dict[str, Tensor]:
@@ -66,7 +59,7 @@ class _Merge:
 
     def slices(self, target: Tensor) -> list[Job] | None:
         """Where each entry goes within `target`, if they are only stacked, and stacks joined; None otherwise."""
-        stacked = [(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]
+        stacked = [(hf.MergeModulelist, 0)], [(hf.MergeModulelist, 0), (hf.Concatenate, 1)]
         if [(type(op), getattr(op, "dim", None)) for op in self.converter.operations] not in stacked:
             return None
         jobs, begin = [], 0
@@ -102,13 +95,13 @@ class LoadPlan:
         """Sort the entries by what is to be done with them; those that have no place are returned."""
         model, unexpected = self._model, set()
         transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        renamings = [t for t in transforms if isinstance(t, hf.WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, hf.WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-        for source in sorted(entries, key=dot_natural_key):
-            name, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, targets)
+        for source in sorted(entries, key=hf.dot_natural_key):
+            name, pattern = hf.rename_source_key(source, renamings, converters, model.base_model_prefix, targets)
             if name not in targets and source in targets:
-                name, pattern = rename_source_key(source, [], [], model.base_model_prefix, targets)
+                name, pattern = hf.rename_source_key(source, [], [], model.base_model_prefix, targets)
             if name not in targets:
                 unexpected.add(name)
             elif pattern is None:
@@ -128,7 +121,7 @@ class LoadPlan:
                 del self._direct[name]
             else:
                 path, _, attribute = name.rpartition(".")
-                setattr(self._model.get_submodule(path), attribute, _frozen(targets[name].data))
+                setattr(self._model.get_submodule(path), attribute, frozen(targets[name].data))
 
     def fill(self, device: Device, *, progress: bool = False) -> None:
         """Read the weights into the model's parameters and persistent buffers, which have their storage by now.
@@ -228,14 +221,9 @@ def allocate(model: PreTrainedModel, projections: Iterable[Projection], device: 
     _compute_buffers(model, device)
     for projection in projections:
         projection.allocate(device)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in made:
-                    storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                    made[id(parameter)] = _frozen(storage)
-                module._parameters[name] = made[id(parameter)]
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            torch.utils.swap_tensors(parameter, frozen(torch.empty_like(parameter, device=device)))
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
@@ -260,7 +248,3 @@ def fill_dummy(model: PreTrainedModel, seed: int) -> None:
         scaled = (noise * parameter.shape[-1] ** -0.5).to(parameter.device, parameter.dtype)
         for _, piece in _pieces(parameter.data.view(-1), _NOISE):
             piece.copy_(scaled[: piece.numel()])
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -55,6 +55,8 @@ using Clock = std::chrono::steady_clock;
 using Ticket = uint64_t;
 
 constexpr auto NPU = c10::DeviceType::PrivateUse1;
+constexpr auto kNpu = DispatchKeySet(DispatchKey::PrivateUse1);
+constexpr auto kHost = DispatchKeySet(DispatchKey::CPU);
 constexpr int kMaxDevices = 8;
 constexpr int kStreams = 32;              // of a device; stream 0 is the default one
 constexpr size_t kLaunches = 1024;        // that a stream holds before the host has to wait for room
@@ -95,6 +97,7 @@ using Recording = std::vector<Task>;
 class StreamQueue {
  public:
   Ticket push(Task task) {
+    enter_context();
     WithoutGil unlocked;
     const int threads = at::get_num_threads();
     std::unique_lock lock(mutex_);
@@ -102,7 +105,6 @@ class StreamQueue {
       recording_->push_back(std::move(task));
       return pushed_;
     }
-    enter_context();
     if (pushed_ == 0) std::thread([this] { work(); }).detach();
     passed_.wait(lock, [&] { return tasks_.size() < kLaunches; });
     tasks_.emplace_back(std::move(task), threads);
@@ -512,6 +514,11 @@ REGISTER_GRAPH_IMPL(NPU, Graph);
 
 bool on_npu(const Tensor& t) { return t.defined() && t.device().type() == NPU; }
 
+c10::Storage storage_of(size_t bytes, DataPtr data, c10::Allocator* allocator) {
+  return c10::Storage(c10::Storage::use_byte_size_t{}, bytes, std::move(data), allocator, true);
+}
+
+// A tensor over `storage` with the type and shape of `like`.
 Tensor over(const c10::Storage& storage, const Tensor& like, DispatchKey key) {
   auto t = at::detail::make_tensor<TensorImpl>(c10::Storage(storage), DispatchKeySet(key), like.dtype());
   t.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
@@ -527,23 +534,26 @@ class Views {
     for (auto& [npu, seen] : pairs_)
       if (npu.is_same(t)) return seen;
     for (auto& [npu, seen] : pairs_)
-      if (npu.storage().is_alias_of(t.storage())) return pairs_.emplace_back(t, over(seen.storage(), t, DispatchKey::CPU)).second;
+      if (npu.storage().is_alias_of(t.storage())) return add(t, seen.storage());
     const auto& memory = t.storage().data_ptr();
     auto block = memory.get_context() ? new BlockRef(*memory.cast_context<BlockRef>(&release)) : nullptr;
     auto bytes = block ? static_cast<char*>(memory.get()) + kSpan : nullptr;
     c10::DataPtr data(bytes, block, [](void* p) { delete static_cast<BlockRef*>(p); }, c10::Device(c10::kCPU));
-    c10::Storage storage(c10::Storage::use_byte_size_t{}, t.storage().nbytes(), std::move(data), c10::GetCPUAllocator(), true);
-    return pairs_.emplace_back(t, over(storage, t, DispatchKey::CPU)).second;
+    return add(t, storage_of(t.storage().nbytes(), std::move(data), c10::GetCPUAllocator()));
   }
   const auto& pairs() const { return pairs_; }
 
  private:
+  Tensor add(const Tensor& t, const c10::Storage& storage) {
+    return pairs_.emplace_back(t, over(storage, t, DispatchKey::CPU)).second;
+  }
+
   std::deque<std::pair<Tensor, Tensor>> pairs_;
 };
 
 Tensor allocate(int index, IntArrayRef sizes, IntArrayRef strides, ScalarType dtype) {
   c10::DeviceGuard guard(c10::Device(NPU, index));
-  return at::detail::empty_strided_generic(sizes, strides, &device_memory, DispatchKeySet(DispatchKey::PrivateUse1), dtype);
+  return at::detail::empty_strided_generic(sizes, strides, &device_memory, kNpu, dtype);
 }
 
 // To be called before the host waits for what it is about to launch.
@@ -558,10 +568,10 @@ void grow(const c10::Storage& storage, size_t bytes) {
   auto* s = storage.unsafeGetStorageImpl();
   c10::DeviceGuard guard(s->device());
   Tensor shape = at::detail::empty_strided_meta({int64_t(std::min(bytes, s->nbytes()))}, {1}, kByte);
-  auto memory = device_memory.allocate(bytes);
-  c10::Storage larger(c10::Storage::use_byte_size_t{}, bytes, std::move(memory), &device_memory, true);
+  auto larger = storage_of(bytes, device_memory.allocate(bytes), &device_memory);
   if (shape.numel()) {
-    Tensor from = Views()(over(storage, shape, DispatchKey::PrivateUse1)), to = Views()(over(larger, shape, DispatchKey::PrivateUse1));
+    Tensor from = Views()(over(storage, shape, DispatchKey::PrivateUse1));
+    Tensor to = Views()(over(larger, shape, DispatchKey::PrivateUse1));
     queue(s->device().index()).push([from, to] { to.copy_(from); });
   }
   s->set_data_ptr_noswap(larger.unsafeGetStorageImpl()->set_data_ptr(DataPtr(nullptr, s->device())));
@@ -584,32 +594,37 @@ IValue map_tensors(const IValue& value, const F& f) {
   }
   if (value.isOptionalTensorList()) {
     c10::List<std::optional<Tensor>> mapped;
-    for (const std::optional<Tensor>& t : value.toOptionalTensorVector()) mapped.push_back(t ? std::optional<Tensor>(f(*t)) : t);
+    for (std::optional<Tensor> t : value.toOptionalTensorVector()) {
+      if (t) t = f(*t);
+      mapped.push_back(t);
+    }
     return mapped;
   }
   return value;
 }
 
+constexpr auto kMixed = "Expected all tensors to be on the same device, but found ";
+
 // The one device of an operator's arguments; raises where they mix devices, or need what this generation has not.
 int common_device(const OperatorHandle& op, const Stack& args) {
   int index = -1;
-  const Tensor* host = nullptr;
+  std::optional<Device> host;
   for (const auto& arg : args) {
     if (arg.isDevice()) index = index_of(arg.toDevice());
     map_tensors(arg, [&](const Tensor& t) {
       if (on_npu(t)) {
-        TORCH_CHECK(index < 0 || index == t.device().index(), "Expected all tensors to be on the same device, but found npu:",
-                    index, " and ", t.device(), " (when running ", op.operator_name(), ")");
+        TORCH_CHECK(index < 0 || index == t.device().index(), kMixed, "npu:", index, " and ", t.device(), " (when running ",
+                    op.operator_name(), ")");
         TORCH_CHECK(generation >= 2 || t.scalar_type() != kBFloat16, "npu generation ", generation,
                     " cannot compute in bfloat16 (", op.operator_name(), ")");
         index = t.device().index();
       } else if (t.defined() && t.dim() != 0) {
-        host = &t;
+        host = t.device();
       }
       return t;
     });
   }
-  TORCH_CHECK(!host, "Expected all tensors to be on the same device, but found npu and cpu (when running ", op.operator_name(), ")");
+  TORCH_CHECK(!host, kMixed, "npu and ", *host, " (when running ", op.operator_name(), ")");
   return index < 0 ? current_device : index;
 }
 
@@ -733,11 +748,9 @@ bool makes_views(const c10::FunctionSchema& schema) {
   return false;
 }
 
-constexpr auto kHostKernels = DispatchKeySet(DispatchKey::CPU);
-
 void run_kernel(const OperatorHandle& op, Stack& stack) {
   try {
-    op.redispatchBoxed(kHostKernels, &stack);
+    op.redispatchBoxed(kHost, &stack);
   } catch (c10::Error& error) {
     error.add_context(c10::str("npu, running ", op.operator_name()));
     throw;
@@ -777,7 +790,7 @@ void launch(const OperatorHandle& op, Stack& args, const std::vector<Shape>& sha
       if (!targets[k].defined()) continue;
       const Tensor& made = stack[k].toTensor();
       TORCH_CHECK(made.sizes() == targets[k].sizes() && made.dtype() == targets[k].dtype(), op.operator_name(), " made ",
-                  made.dtype(), made.sizes(), " where its Meta kernel said ", targets[k].dtype(), targets[k].sizes());
+                  made.dtype(), made.sizes(), "; its Meta kernel said ", targets[k].dtype(), targets[k].sizes());
       targets[k].copy_(made);
     }
   });
@@ -811,7 +824,8 @@ void run_now(const OperatorHandle& op, Stack& args, int index) {
   Stack stack;
   for (size_t i = 0; i < args.size(); i++) {
     const auto& arg = args[i];
-    if (arg.isGenerator() || (arg.isNone() && schema.arguments()[i].name() == "generator")) stack.push_back(random.lend(arg, index));
+    const bool generator = arg.isGenerator() || (arg.isNone() && schema.arguments()[i].name() == "generator");
+    if (generator) stack.push_back(random.lend(arg, index));
     else if (arg.isDevice()) stack.push_back(c10::Device(c10::kCPU));
     else stack.push_back(map_tensors(arg, [&](const Tensor& t) { return on_npu(t) ? views(t) : t; }));
   }
@@ -820,14 +834,16 @@ void run_now(const OperatorHandle& op, Stack& args, int index) {
     run_kernel(op, stack);
   } else {
     about_to_wait(queue(index), c10::str(op.operator_name()));
+    num_launches++;
     queue(index).wait(queue(index).push([&] { run_kernel(op, stack); }));
   }
   random.give_back();
 
   auto adopt = [&](const Tensor& t) -> Tensor {
     if (!t.defined()) return t;
-    for (auto& [npu, seen] : views.pairs())
-      if (makes_views(schema) && seen.storage().is_alias_of(t.storage())) return over(npu.storage(), t, DispatchKey::PrivateUse1);
+    if (makes_views(schema))
+      for (auto& [npu, seen] : views.pairs())
+        if (seen.storage().is_alias_of(t.storage())) return over(npu.storage(), t, DispatchKey::PrivateUse1);
     Tensor result = allocate(index, t.sizes(), t.strides(), t.scalar_type());
     Views()(result).copy_(t);
     return result;
@@ -875,7 +891,8 @@ Tensor copy_between_devices(const Tensor& src, const Tensor& dst) {
 Tensor copy_from(const Tensor& src, const Tensor& dst, bool non_blocking) {
   if (on_npu(src) && on_npu(dst) && src.device() != dst.device()) return copy_between_devices(src, dst);
   const bool to_device = !on_npu(src), to_host = !on_npu(dst);
-  TORCH_CHECK((!to_device || src.is_cpu()) && (!to_host || dst.is_cpu()), "no copy from ", src.device(), " to ", dst.device());
+  TORCH_CHECK((on_npu(src) || src.is_cpu()) && (on_npu(dst) || dst.is_cpu()), "no copy from ", src.device(), " to ",
+              dst.device());
   bool late = !to_device && !to_host;
   Tensor s = to_device ? src : Views()(src), d = to_host ? dst : Views()(dst);
   if (!late && non_blocking) {
@@ -903,14 +920,13 @@ Tensor copy_from_and_resize(const Tensor& src, const Tensor& dst) {
 Tensor empty(SymIntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device> where,
              std::optional<bool>, std::optional<MemoryFormat> format) {
   c10::DeviceGuard guard(c10::Device(NPU, where ? index_of(*where) : current_device));
-  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &device_memory, DispatchKeySet(DispatchKey::PrivateUse1),
-                                   c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &device_memory, kNpu, c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(SymIntArrayRef size, SymIntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>,
                      std::optional<Device> where, std::optional<bool>) {
-  return allocate(where ? index_of(*where) : current_device, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
-                  c10::dtype_or_default(dtype));
+  auto sizes = C10_AS_INTARRAYREF_SLOW(size), strides = C10_AS_INTARRAYREF_SLOW(stride);
+  return allocate(where ? index_of(*where) : current_device, sizes, strides, c10::dtype_or_default(dtype));
 }
 
 const Tensor& resize_(const Tensor& self, SymIntArrayRef size, std::optional<MemoryFormat> format) {
