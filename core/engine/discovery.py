@@ -12,6 +12,9 @@ from engine.errors import PluginError
 PLATFORMS = "engine.platforms"
 """The entry-point group of platforms, `engine.interfaces.Platform`."""
 
+FAMILIES = "engine.platform_families"
+"""The entry-point group of functions from a word to a platform, which ``--platform FAMILY:WORD`` calls."""
+
 HOOKS = "engine.plugins"
 """The entry-point group of hooks, `engine.hooks`."""
 
@@ -21,7 +24,7 @@ ENV_PLATFORM = "ENGINE_PLATFORM"
 CHOOSE = f"--platform NAME, {ENV_PLATFORM}=NAME or LLM(platform=NAME)"
 """How users choose a platform, for messages."""
 
-_KINDS = {PLATFORMS: "platform plugin", HOOKS: "hook plugin"}
+_KINDS = {PLATFORMS: "platform plugin", FAMILIES: "platform family", HOOKS: "hook plugin"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Plugin:
     """One entry point, ``name = "module:attribute"``.
 
     Attributes:
-        group: `PLATFORMS` or `HOOKS`.
+        group: `PLATFORMS`, `FAMILIES` or `HOOKS`.
         name: unique in its group; what ``--platform`` selects.
         target: what it points to.
         distribution, version: who declares it.

@@ -6,13 +6,13 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
 from engine import hooks
-from engine.discovery import CHOOSE, ENV_PLATFORM, HOOKS, PLATFORMS, Plugin, describe, discover
+from engine.discovery import CHOOSE, ENV_PLATFORM, FAMILIES, HOOKS, PLATFORMS, Plugin, describe, discover
 from engine.errors import (
     AmbiguousPlatformError,
     ConfigError,
@@ -62,6 +62,8 @@ def examine(plugin: Plugin) -> Candidate:
     from engine.interfaces import Probe
 
     found = plugin.load()
+    if plugin.group == FAMILIES:
+        found = cast("Callable[[str], object]", found)(plugin.name.partition(":")[2])
     if problem := check_platform(found, plugin.name):
         raise plugin.fault(*problem, ContractError)
     platform = cast("type[Platform]", found)
@@ -107,6 +109,9 @@ def _find(name: str, plugins: Sequence[Plugin]) -> Plugin:
     for plugin in plugins:
         if plugin.name == name:
             return plugin
+    for family in discover(FAMILIES):
+        if family.name == name.partition(":")[0]:
+            return replace(family, name=name)
     close = difflib.get_close_matches(name, [p.name for p in plugins], 1)
     installed = ", ".join(f"{p.name} ({p.distribution} {p.version})" for p in plugins)
     raise PlatformNotFoundError(

@@ -184,12 +184,9 @@ class Sampler:
         return 80 * num_rows + sum(8 * (len(e.stops) + len(e.bad)) + 12 * len(e.bias) for e in edits)
 
     def plan(self, rows: list[int], positions: list[int], staging: Staging) -> SamplingPlan:
-        """Stage what `sample` needs on the device.
+        """Stage what `sample` needs on the device; the `upload` of `staging`, which is begun, must come before that.
 
-        Args:
-            rows: for each row of the logits, the row of its sequence.
-            positions: for each, the index in the sequence of the token to be produced.
-            staging: begun; its `upload` must come before `sample`.
+        For each row of the logits, `rows` has the row of its sequence and `positions` the index of the new token there.
         """
         plan = SamplingPlan(len(rows))
         row, position = np.array(rows, np.int64), np.array(positions, np.int64)

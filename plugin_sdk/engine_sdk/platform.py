@@ -136,8 +136,10 @@ class TorchPlatform(Platform):
         return TorchMemory(self.device())
 
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
-        """No defaults, no refusals."""
-        return ConfigPatch()
+        """A KV cache that leaves a host its memory: a quarter of what is free, at most 4 GiB. Else the engine's own."""
+        if self.device_type != "cpu":
+            return ConfigPatch()
+        return ConfigPatch(defaults={"kv_cache_memory_bytes": min(host_memory().free // 4, 4 << 30)})
 
 
 def require_attention(declared: Capabilities, spec: AttentionSpec) -> None:

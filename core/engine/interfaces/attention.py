@@ -149,10 +149,10 @@ class AttentionBackend(ABC):
         alibi_slopes: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> None:
-        """Write the step's keys and values into the cache, then attend.
+        """Write all of the step's keys and values into the cache, and only then attend: requests may share blocks.
 
         Args:
-            q: [N, H, D], dtype of the specification; rows may be strided, the last dimension is dense.
+            q: [N, H, D], dtype of the specification; as in `k` and `v`, only the last dimension must be dense.
             k: [N, K, D]; None when the layer reads another layer's cache (then `v` is None too).
             v: [N, K, E].
             cache: what this backend's layout bound.

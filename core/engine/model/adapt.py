@@ -53,14 +53,10 @@ class AdaptedModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_index: Tensor) -> Tensor:
-        """One step over the flattened tokens of a batch.
+        """One step over the flattened tokens of a batch, `input_ids` and `position_ids` int64 [N].
 
-        Args:
-            input_ids, position_ids: int64 [N].
-            logits_index: int64 [S], the tokens whose logits are wanted.
-
-        Returns:
-            [S, V] in the model's dtype, after whatever the model does to its logits.
+        Gives the logits of the tokens `logits_index`, int64 [S]: [S, V] in the model's dtype, after whatever the model
+        does to its logits.
         """
         kept = {"logits_to_keep": logits_index} if self._keeps_logits else {}
         logits: Tensor = self.run(input_ids, position_ids, **kept).logits[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,17 +39,13 @@ class StepContext:
 
     Without plans, as after construction, attention gives each token a mix of its own query, key and value. That needs
     no cache, and serves to measure memory and to check that tokens meet in attention only.
-
-    Attributes:
-        positions: int64 [N] of the step's tokens, for models that count by themselves.
-        turns: of the modules that attend several times in a pass.
     """
 
-    positions: Tensor
+    positions: Tensor  # int64 [N] of the step's tokens, for models that count by themselves
 
     def __init__(self) -> None:
         self.plans: Sequence[Plan] | None = None
-        self.turns: list[Turns] = []
+        self.turns: list[Turns] = []  # of the modules that attend several times in a pass
 
     def begin(self, positions: Tensor) -> None:
         """A forward pass begins."""
@@ -61,18 +58,12 @@ class StepContext:
         self.plans = plans
 
 
+@dataclass
 class Turns:
-    """Handles of a module that attends several times in a pass, with a cache for each time."""
+    """Handles of a module that attends several times in a pass, with a cache for each time, and which is next."""
 
-    def __init__(self, handles: Sequence[Tensor]) -> None:
-        self._handles = handles
-        self.next = 0
-
-    def take(self) -> Tensor:
-        """The handle for this time."""
-        handle = self._handles[self.next]
-        self.next += 1
-        return handle
+    handles: Sequence[Tensor]
+    next: int = 0
 
 
 class AttentionLayer:
@@ -94,53 +85,38 @@ class AttentionLayer:
         context: StepContext,
         owner: AttentionLayer | None = None,
     ) -> None:
-        self.name = name
-        self.spec = spec
-        self.backend = backend
+        self.name, self.spec, self.backend = name, spec, backend
         self.shares_kv_with = None if owner is None else owner.name
+        self.handle = torch.tensor(next(_numbers))
         self._context = context
+        self._owner = owner
         self._cache: KVCache = None
         self._plan = 0
-        self._readers: list[AttentionLayer] = []
-        number = next(_numbers)
-        _layers[number] = self
-        self.handle = torch.tensor(number)
-        if owner is not None:
-            owner._readers.append(self)
+        _layers[int(self.handle)] = self
 
     def bind(self, cache: KVCache, plan: int) -> None:
         """Give the layer, and those that read its keys and values, their cache and the index of their plan."""
-        for layer in (self, *self._readers):
-            layer._cache, layer._plan = cache, plan
+        self._cache, self._plan = cache, plan
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sinks: Tensor | None, slopes: Tensor | None) -> None:
         """The op's body: see `AttentionBackend.forward`."""
-        plans = self._context.plans
+        plans, owner = self._context.plans, self._owner or self
         if plans is None:
             groups = self.spec.num_heads // self.spec.num_kv_heads
             own = v * (1 + k.mean(-1, keepdim=True)) + k.mean(-1, keepdim=True)
             torch.mul(own.repeat_interleave(groups, 1), 1 + q.mean(-1, keepdim=True), out=out)
             return
-        reads = self.shares_kv_with is not None
-        self.backend.forward(
-            q,
-            None if reads else k,
-            None if reads else v,
-            self._cache,
-            plans[self._plan],
-            out,
-            sinks=sinks,
-            alibi_slopes=slopes,
-        )
+        new_k, new_v = (k, v) if owner is self else (None, None)
+        cache, plan = owner._cache, plans[owner._plan]
+        self.backend.forward(q, new_k, new_v, cache, plan, out, sinks=sinks, alibi_slopes=slopes)
 
 
 _numbers = itertools.count()
 _layers: weakref.WeakValueDictionary[int, AttentionLayer] = weakref.WeakValueDictionary()
 
 _library = torch.library.Library("engine", "FRAGMENT")
-_library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor handle, Tensor? sinks, Tensor? slopes, Tensor(a!) out) -> ()"
-)
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor handle, Tensor? sinks, Tensor? slopes, Tensor(a!) out) -> ()"
+_library.define("attention" + _SCHEMA)
 
 
 def _attention(
@@ -158,14 +134,9 @@ def engine_attention(
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it, on the flattened tokens of a step.
 
-    Args:
-        module: the attention module, which carries the layer's handle.
-        query, key, value: [1, H, N, D], [1, K, N, D] and [1, K, N, E].
-        attention_mask: None: what a token sees follows from the specification and the step's plan.
-        kwargs: as seen when the model was loaded, where everything unknown was refused.
-
-    Returns:
-        [1, N, H, E], and None in place of the weights.
+    Takes query [1, H, N, D], key [1, K, N, D] and value [1, K, N, E] and gives [1, N, H, E], and None in place of the
+    weights. What a token sees follows from the specification and the step's plan. `kwargs` are as seen when the model
+    was loaded, where everything unknown was refused.
     """
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} makes a mask of its own, which is not built yet")
@@ -173,7 +144,8 @@ def engine_attention(
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
     handle = module.engine_handle
     if isinstance(handle, Turns):
-        handle = handle.take()
+        turns, handle = handle, handle.handles[handle.next]
+        turns.next += 1
     torch.ops.engine.attention(q, k, v, handle, kwargs.get("s_aux"), kwargs.get("alibi_slopes"), out)
     return out.unsqueeze(0), None
 
@@ -192,7 +164,7 @@ def attach(
     names = {module: name for name, module in model.named_modules()}
     calls: dict[nn.Module, list[AttentionLayer]] = {}
     backends: dict[AttentionSpec, AttentionBackend] = {}
-    owners: dict[tuple[int, int], AttentionLayer] = {}
+    owners: dict[tuple[int, int], AttentionLayer] = {}  # by the tensors of keys and values
     for call in seen.attention:
         earlier = calls.setdefault(call.module, [])
         name = names[call.module] + (f"#{len(earlier)}" if earlier else "")
@@ -225,17 +197,14 @@ def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> A
     _, num_kv_heads, num_keys, _ = call.key.shape
     if (num_tokens, num_keys) != (NUM_TOKENS, NUM_TOKENS):
         raise UnsupportedModelError("attends to something else than the sequence's own tokens, which is not built yet")
-    visibility: Visibility | None
+    causal = call.kwargs.get("is_causal", getattr(call.module, "is_causal", True))
+    visibility: Visibility | None = Visibility(window=call.kwargs.get("sliding_window"), causal=causal)
     if call.mask is not None:
         visibility = seen.visibility(call.mask)
-    else:
-        causal = call.kwargs.get("is_causal", getattr(call.module, "is_causal", True))
-        visibility = Visibility(window=call.kwargs.get("sliding_window"), causal=causal)
     if visibility is None:
         raise UnsupportedModelError("has a mask or bias that is none of causal, sliding window and chunked")
     if not visibility.causal:
         raise UnsupportedModelError("attends to later tokens, which generation cannot")
-    sinks = call.kwargs.get("s_aux")
     return AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -247,6 +216,6 @@ def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> A
         window=visibility.window,
         chunk=visibility.chunk,
         softcap=call.kwargs.get("softcap"),
-        sinks=sinks is not None,
+        sinks="s_aux" in call.kwargs,
         alibi="alibi_slopes" in call.kwargs,
     )

@@ -14,25 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from engine.errors import CheckpointError
 
 _HEADER_LIMIT = 100 << 20  # the format's own limit
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -77,11 +63,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
 
     Raises `CheckpointError` naming the file that is missing, incomplete or damaged.
     """
-    files = _files(folder)
-    entries: dict[str, Entry] = {}
-    for file in files:
-        entries.update(_read_header(file))
-    return entries
+    return {entry.name: entry for file in _files(folder) for entry in _read_header(file)}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -106,7 +88,7 @@ def _files(folder: Path) -> list[Path]:
     )
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Entry]]:
+def _read_header(file: Path) -> Iterator[Entry]:
     damaged = "download it again"
     try:
         size = file.stat().st_size
@@ -115,25 +97,19 @@ def _read_header(file: Path) -> Iterator[tuple[str, Entry]]:
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 raise CheckpointError(f"{file} is no safetensors file, or is truncated; {damaged}")
             header = json.loads(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} has a damaged header: {error}; {damaged}") from error
-    data = 8 + length
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; {damaged}") from error
+    header.pop("__metadata__", None)
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         try:
             kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            begin, end = 8 + length + begin, 8 + length + end
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} describes tensor {name!r} wrongly: {error!r}; {damaged}") from error
-        if kind not in _DTYPES:
+        if (dtype := str_to_torch_dtype.get(kind)) is None:
             raise CheckpointError(f"{file}: tensor {name!r} has dtype {kind}, which is not supported")
-        dtype = _DTYPES[kind]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{file}: tensor {name!r} has a shape that does not fit its bytes; {damaged}")
-        if data + end > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor {name!r} ends at byte {data + end} of {size}; {damaged}"
-            )
-        yield name, Entry(file, name, dtype, shape, data + begin, data + end)
+        if end > size:
+            raise CheckpointError(f"{file} is truncated: tensor {name!r} ends at byte {end} of {size}; {damaged}")
+        yield Entry(file, name, dtype, shape, begin, end)

@@ -19,13 +19,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model to load, and how; the fields mean what `engine.config.EngineArgs` says.
+    """Which model to load, and how; the fields mean what `engine.config.EngineArgs` says."""
 
-    Attributes:
-        folder: holds config.json and, unless `load_format` is ``"dummy"``, safetensors files.
-    """
-
-    folder: Path
+    folder: Path  # holds config.json and, unless `load_format` is "dummy", safetensors files
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
@@ -40,42 +36,31 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     Raises `CheckpointError` where the files are missing or wrong, and `UnsupportedModelError` for a model type that the
     installed Transformers does not have.
     """
-    raw = _read_json(source.folder, "config.json")
+    folder, overrides = source.folder, source.hf_overrides
+    raw = _read_json(folder, "config.json")
     if raw is None:
-        there = "has no config.json" if source.folder.is_dir() else "does not exist"
-        raise CheckpointError(
-            f"{source.folder} {there}; give the folder of a model in Hugging Face's format (config.json, *.safetensors)"
-        )
+        there = f"{folder} has no config.json" if folder.is_dir() else f"{folder} does not exist"
+        raise CheckpointError(f"{there}; give the folder of a model in Hugging Face's format (config.json, *.safetensors)")
     if (quantization := raw.get("quantization_config")) is not None:
-        method = quantization.get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{source.folder} has weights quantised with {method!r}, which is not built yet; use the original ones"
-        )
+        method = f"quantised with {quantization.get('quant_method', 'unknown')!r}"
+        raise UnsupportedModelError(f"{folder} has weights {method}, which is not built yet; use the original ones")
     trusted = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, **trusted)
-        if source.hf_overrides:
-            config = type(config).from_dict(_merge(raw, source.hf_overrides))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **trusted)
+        return type(config).from_dict(_merge(raw, overrides)) if overrides else config
     except Exception as error:  # every configuration class validates in its own way
         if "auto_map" in raw and not source.trust_remote_code:
-            raise ConfigError(
-                f"{source.folder} brings its own Python code; set trust_remote_code if you trust it"
-            ) from error
+            raise ConfigError(f"{folder} brings its own Python code; set trust_remote_code if you trust it") from error
         if "model_type" in raw and raw["model_type"] not in transformers.CONFIG_MAPPING:
-            raise UnsupportedModelError(
-                f"model type {raw['model_type']!r} is unknown to Transformers {transformers.__version__}; a newer "
-                "Transformers may have it"
-            ) from error
-        raise CheckpointError(f"{source.folder / 'config.json'} is not a valid configuration: {error}") from error
-    return config
+            ours = f"Transformers {transformers.__version__}; a newer Transformers may have it"
+            raise UnsupportedModelError(f"model type {raw['model_type']!r} is unknown to {ours}") from error
+        raise CheckpointError(f"{folder / 'config.json'} is not a valid configuration: {error}") from error
 
 
 def resolve_dtype(requested: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype of the weights: as `requested`, or for ``"auto"`` the checkpoint's own, fp32 if it names none."""
-    wanted = requested
-    if requested == "auto":
-        own = config.dtype or config.get_text_config().dtype or torch.float32
-        wanted = str(own).removeprefix("torch.")
+    own = config.dtype or config.get_text_config().dtype or torch.float32
+    wanted = str(own).removeprefix("torch.") if requested == "auto" else requested
     if wanted not in DTYPES:
         of = "" if wanted == requested else " of the checkpoint"
         raise ConfigError(f"dtype {wanted!r}{of} is not supported; choose one of {', '.join(DTYPES)}")

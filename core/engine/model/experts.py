@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from engine.interfaces import ExpertsSpec, ExpertWeights, Platform
+from engine.model.attention import IMPLEMENTATION
 from engine.model.probe import Observations
-
 
 _numbers = itertools.count()
 _modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -39,7 +39,7 @@ def engine_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return result
 
 
-ExpertsInterface.register("engine", engine_experts)
+ExpertsInterface.register(IMPLEMENTATION, engine_experts)
 
 
 def attach(seen: Observations, platform: Platform) -> None:
@@ -59,13 +59,8 @@ def attach(seen: Observations, platform: Platform) -> None:
             up_bias=getattr(module, f"{up}_bias").data if module.has_bias else None,
             down_bias=module.down_proj_bias.data if module.has_bias else None,
         )
-        spec = ExpertsSpec(
-            num_experts=weights.up.shape[0],
-            top_k=top_k,
-            gated=module.has_gate,
-            transposed=module.is_transposed,
-            dtype=weights.up.dtype,
-        )
+        num_experts, dtype = len(weights.up), weights.up.dtype
+        spec = ExpertsSpec(num_experts, top_k, gated=module.has_gate, transposed=module.is_transposed, dtype=dtype)
         module.engine_method, module.engine_weights = platform.experts(spec), weights
         module.engine_handle = torch.tensor(next(_numbers))
         _modules[int(module.engine_handle)] = module

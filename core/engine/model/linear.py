@@ -20,16 +20,10 @@ from engine.model.probe import Observations
 
 
 class Projection(nn.Module):
-    """One matrix product for one or more linear layers that read the same tensor.
+    """One matrix product for one or more linear layers, its `members`, that read the same tensor."""
 
-    Attributes:
-        members: the layers, in the order of their rows.
-        weight: [rows of all members, in].
-        bias: the same rows, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # [rows of all members, in]
+    bias: Tensor | None  # the same rows
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -103,8 +97,8 @@ def fuse(model: nn.Module, seen: Observations, *, all_linears: bool) -> list[Pro
     Siblings are fused where they were always called with the same, unchanged tensor, agree in dtype and in having a
     bias, and share their parameters with nothing else.
 
-    `model` is on `meta`. `all_linears` wraps layers that stand alone too, for a platform that packs weights. Layers that
-    the probe did not see stay as they are.
+    `model` is on `meta`. With `all_linears`, for a platform that packs weights, layers that stand alone become members
+    too. Layers that the probe did not see stay as they are.
     """
     users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     projections = []

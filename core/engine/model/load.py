@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import core_model_loading as hf
@@ -52,9 +52,8 @@ class _Merge:
         try:
             made = converter.convert(name, model=model, config=model.config)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            raise CheckpointError(
-                f"the tensors that make {name!r} do not fit together: {error}; {_OTHER_MODEL}"
-            ) from error
+            what = f"the tensors that make {name!r} do not fit together: {error}"
+            raise CheckpointError(f"{what}; {_OTHER_MODEL}") from error
         return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
 
     def slices(self, target: Tensor) -> list[Job] | None:
@@ -137,13 +136,9 @@ class LoadPlan:
             else:
                 merges[name] = merge
         nbytes = {name: sum(e.nbytes for es in merge.sources.values() for e in es) for name, merge in merges.items()}
-        bar = tqdm(
-            total=sum(entry.nbytes for entry, _ in jobs) + sum(nbytes.values()),
-            desc="Loading weights",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,  # None: quiet unless standard error is a terminal
-        )
+        total = sum(entry.nbytes for entry, _ in jobs) + sum(nbytes.values())
+        disable = None if progress else True  # None: quiet unless standard error is a terminal
+        bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable)
         staging = _Staging(device)
 
         def read(job: Job) -> None:
@@ -151,8 +146,7 @@ class LoadPlan:
             bar.update(job[0].nbytes)
 
         with bar, torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(read, sorted(jobs, key=lambda job: (str(job[0].file), job[0].begin))):
-                pass
+            list(pool.map(read, sorted(jobs, key=lambda job: (str(job[0].file), job[0].begin))))
             for name, merge in merges.items():
                 for target, tensor in merge.make(self._model, name, Entry.load).items():
                     targets[target].copy_(tensor)
@@ -198,14 +192,12 @@ def _check(found: Entry | Tensor, targets: Mapping[str, Tensor], name: str) -> N
         raise CheckpointError(f"{what} is {found.dtype}, and the model needs {dtype}; {_OTHER_MODEL}")
 
 
-def _check_complete(
-    model: PreTrainedModel, targets: Mapping[str, Tensor], found: set[str], unexpected: set[str]
-) -> None:
+def _check_complete(model: PreTrainedModel, targets: Mapping[str, Tensor], found: set[str], extra: set[str]) -> None:
     """Raise `CheckpointError` for tensors that are missing or left over, but for those that Transformers ignores."""
     loaded = {id(targets[name]) for name in found}
     missing = {name for name, target in targets.items() if id(target) not in loaded}
     needed = missing & {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    rest: Any = SimpleNamespace(missing_keys=missing - needed, unexpected_keys=unexpected)
+    rest: Any = SimpleNamespace(missing_keys=missing - needed, unexpected_keys=extra)
     model._adjust_missing_and_unexpected_keys(rest)
     for names, what in ((needed | rest.missing_keys, "lacks"), (rest.unexpected_keys, "has, and the model lacks,")):
         if names:
@@ -221,9 +213,13 @@ def allocate(model: PreTrainedModel, projections: Iterable[Projection], device: 
     _compute_buffers(model, device)
     for projection in projections:
         projection.allocate(device)
-    for parameter in model.parameters():
-        if parameter.is_meta:
-            torch.utils.swap_tensors(parameter, frozen(torch.empty_like(parameter, device=device)))
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old.is_meta:
+                if old not in made:
+                    made[old] = frozen(torch.empty_like(old, device=device))
+                module._parameters[name] = made[old]
 
 
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

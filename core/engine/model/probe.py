@@ -51,38 +51,24 @@ class Visibility:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of the attention function.
-
-    Attributes:
-        module: the attention module.
-        query, key, value: meta tensors [1, H, N, D], [1, K, N, D], [1, K, N, E].
-        mask: what the model passed as its mask.
-        kwargs: the other arguments that are not None.
-    """
+    """One call of the attention function, on meta tensors."""
 
     module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor  # [1, H, N, D]
+    key: Tensor  # [1, K, N, D]
+    value: Tensor  # [1, K, N, E]
     mask: Tensor | None
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any]  # the other arguments that are not None
 
 
 @dataclass
 class Observations:
-    """What the pass saw.
+    """What the pass saw."""
 
-    Attributes:
-        attention: calls in order.
-        linears: for each linear layer, its inputs in order, each with the version it had.
-        experts: for each layer of experts, how many a token goes to.
-        vocab_size: V of the logits [1, N, V].
-    """
-
-    attention: list[AttentionCall] = field(default_factory=list)
-    linears: dict[nn.Module, list[tuple[Tensor, int]]] = field(default_factory=dict)
-    experts: dict[nn.Module, int] = field(default_factory=dict)
-    vocab_size: int = 0
+    attention: list[AttentionCall] = field(default_factory=list)  # in order
+    linears: dict[nn.Module, list[tuple[Tensor, int]]] = field(default_factory=dict)  # inputs in order, their versions
+    experts: dict[nn.Module, int] = field(default_factory=dict)  # how many a token goes to
+    vocab_size: int = 0  # V of the logits [1, N, V]
     masks: list[tuple[Tensor, MaskFunction, int | None]] = field(default_factory=list)
 
     def visibility(self, mask: Tensor) -> Visibility | None:
@@ -100,11 +86,9 @@ _observing: ContextVar[Observations] = ContextVar("observing")
 def observe(model: PreTrainedModel, run: Callable[[Tensor, Tensor], Any], device: torch.device) -> Observations:
     """Run `model` once over `NUM_TOKENS` tokens and report what it did.
 
-    Args:
-        model: it and its parts must use the implementation `IMPLEMENTATION`.
-        run: calls the model with token ids and positions, int64 [N], and returns its output.
-        device: of the parameters and buffers. On `meta` the pass costs nothing, and raises `UnsupportedModelError`
-            where the model's code looks at data.
+    `model` and its parts must use the implementation `IMPLEMENTATION`. `run` calls it with token ids and positions,
+    int64 [N], and returns its output. On `meta`, as the `device` of the parameters and buffers, the pass costs nothing,
+    and raises `UnsupportedModelError` where the model's code looks at data.
     """
     seen = Observations()
     token = _observing.set(seen)
@@ -181,9 +165,7 @@ ExpertsInterface.register(IMPLEMENTATION, _record_experts)
 def recognise(function: MaskFunction, local_size: int | None) -> Visibility | None:
     """The visibility that `function` describes, found by evaluating it; None if it is none of those that we know.
 
-    Args:
-        function: Transformers' mask function.
-        local_size: the size of its window or chunk, where Transformers says it.
+    `local_size` is the size of its window or chunk, where Transformers says it.
     """
     size = local_size or 1024
     points = sorted({max(0, n * size + i) for n in range(4) for i in (-2, -1, 0, 1, 2)} | set(range(8)))
@@ -210,8 +192,6 @@ def _plain_text(function: Any, length: int, name: str = "") -> Any:
     if not isinstance(function, FunctionType) or function.__closure__ is None:
         return function
     names = function.__code__.co_freevars
-    cells = (
-        CellType(_plain_text(cell.cell_contents, length, name))
-        for name, cell in zip(names, function.__closure__, strict=True)
-    )
-    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    values = (_plain_text(c.cell_contents, length, n) for n, c in zip(names, function.__closure__, strict=True))
+    cells = tuple(CellType(value) for value in values)
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)

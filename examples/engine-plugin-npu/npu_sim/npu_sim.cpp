@@ -889,6 +889,7 @@ Tensor copy_between_devices(const Tensor& src, const Tensor& dst) {
 
 // Within the device, and with `non_blocking` between it and pinned memory, a copy is launched and happens late.
 Tensor copy_from(const Tensor& src, const Tensor& dst, bool non_blocking) {
+  if (dst.numel() == 0) return dst;
   if (on_npu(src) && on_npu(dst) && src.device() != dst.device()) return copy_between_devices(src, dst);
   const bool to_device = !on_npu(src), to_host = !on_npu(dst);
   TORCH_CHECK((on_npu(src) || src.is_cpu()) && (on_npu(dst) || dst.is_cpu()), "no copy from ", src.device(), " to ",
@@ -975,8 +976,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
-  // Composed of other operators elsewhere; here one launch each, which gives the CPU's bits. They have no gradient.
-  for (auto name : {"scaled_dot_product_attention", "linear", "matmul", "rms_norm", "convolution"})
+  // Elsewhere composed of other operators; one launch here, with the CPU's bits; the first four have no gradient.
+  for (auto name : {"scaled_dot_product_attention", "linear", "matmul", "rms_norm", "convolution", "native_layer_norm",
+                    "native_group_norm", "addr"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run>());
 }
 

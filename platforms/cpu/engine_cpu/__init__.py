@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine_sdk import ConfigPatch, Probe, TorchPlatform, host_memory
+from engine_sdk import ConfigPatch, Probe, TorchPlatform
 
 
 class CpuPlatform(TorchPlatform):
@@ -27,14 +27,12 @@ class CpuPlatform(TorchPlatform):
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
         """Sizes for a host.
 
-        The share of memory that suits an accelerator would starve the rest of the host, so the KV cache takes a
-        quarter of what is free and at most 4 GiB. Small steps keep the wait for the next token short: a few hundred
-        tokens already keep the matrix products busy.
+        Small steps keep the wait for the next token short: a few hundred tokens already keep the matrix products busy.
         """
         return ConfigPatch(
             defaults={
+                **super().configure(options).defaults,
                 "block_size": 32,
-                "kv_cache_memory_bytes": min(host_memory().free // 4, 4 << 30),
                 "max_num_batched_tokens": 1024,
                 "max_num_seqs": 64,
                 "async_scheduling": False,
