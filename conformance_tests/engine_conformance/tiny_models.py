@@ -325,9 +325,7 @@ def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = tiny_config(name)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation="eager"
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         if dtype is torch.float32:
             _redraw(model)
         else:

@@ -234,7 +234,10 @@ class SequenceOutput:
         """
         done, stop = self.completion, None
         for i, token_id in enumerate(output.token_ids):
-            self._add_token(token_id, output.logprobs[i] if output.logprobs else None)
+            done.token_ids.append(token_id)
+            if done.logprobs is not None and output.logprobs:
+                done.logprobs.append(self.logprob_dict(output.logprobs[i]))
+                done.cumulative_logprob = (done.cumulative_logprob or 0.0) + output.logprobs[i].logprobs[0]
             ends = output.finish_reason == "stop" and i == len(output.token_ids) - 1
             if self._detokenizer is not None and not (ends and not self._params.include_stop_str_in_output):
                 stop = self._add_text(self._detokenizer.push(token_id))
@@ -258,13 +261,6 @@ class SequenceOutput:
             if token_id != chosen:
                 found[token_id] = Logprob(logprob, rank, text(token_id))
         return found
-
-    def _add_token(self, token_id: int, entry: TokenLogprobs | None) -> None:
-        done = self.completion
-        done.token_ids.append(token_id)
-        if entry is not None and done.logprobs is not None:
-            done.logprobs.append(self.logprob_dict(entry))
-            done.cumulative_logprob = (done.cumulative_logprob or 0.0) + entry.logprobs[0]
 
     def _add_text(self, piece: str) -> str | None:
         armed = len(self.completion.token_ids) > self._params.min_tokens

@@ -27,6 +27,26 @@ class HostEvent:
         return True
 
 
+class DeviceEvent:
+    """An event of one device, whichever is current: `torch.Event` by itself records on the current device's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.Event(device)
+
+    def record(self) -> None:
+        """See `Event.record`."""
+        self._event.record(torch.accelerator.current_stream(self._device))
+
+    def synchronize(self) -> None:
+        """See `Event.synchronize`."""
+        self._event.synchronize()
+
+    def query(self) -> bool:
+        """See `Event.query`."""
+        return bool(self._event.query())
+
+
 class TorchDevice(Device):
     """One device that torch drives; ``"cpu"`` is the host, where every call is done when it returns."""
 
@@ -45,8 +65,8 @@ class TorchDevice(Device):
             torch.accelerator.synchronize(self.torch_device)
 
     def event(self) -> Event:
-        """A `torch.Event`, or a `HostEvent`."""
-        return HostEvent() if self._host else torch.Event(self.torch_device)
+        """A `DeviceEvent`, or a `HostEvent`."""
+        return HostEvent() if self._host else DeviceEvent(self.torch_device)
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:

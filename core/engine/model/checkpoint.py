@@ -35,10 +35,9 @@ class Entry:
     def read(self, target: Tensor, at: int = 0) -> None:
         """Fill `target` (contiguous, on the host, this dtype) with the elements from `at` on."""
         view = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        position = self.begin + at * self.dtype.itemsize
         try:
             with open(self.file, "rb", buffering=0) as file:
-                file.seek(position)
+                file.seek(self.begin + at * self.dtype.itemsize)
                 while len(view):
                     if not (count := file.readinto(view)):
                         raise CheckpointError(f"{self.file} ends inside tensor {self.name!r}; download it again")

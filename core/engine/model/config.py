@@ -40,7 +40,8 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     raw = _read_json(folder, "config.json")
     if raw is None:
         there = f"{folder} has no config.json" if folder.is_dir() else f"{folder} does not exist"
-        raise CheckpointError(f"{there}; give the folder of a model in Hugging Face's format (config.json, *.safetensors)")
+        what = "the folder of a model in Hugging Face's format (config.json, *.safetensors)"
+        raise CheckpointError(f"{there}; give {what}")
     if (quantization := raw.get("quantization_config")) is not None:
         method = f"quantised with {quantization.get('quant_method', 'unknown')!r}"
         raise UnsupportedModelError(f"{folder} has weights {method}, which is not built yet; use the original ones")

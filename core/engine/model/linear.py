@@ -19,15 +19,12 @@ from engine.interfaces import LinearMethod
 from engine.model.probe import Observations
 
 
-class Projection(nn.Module):
+class Projection:
     """One matrix product for one or more linear layers, its `members`, that read the same tensor."""
 
-    weight: Tensor  # [rows of all members, in]
-    bias: Tensor | None  # the same rows
-
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.weight, self.bias = linears[0].weight, linears[0].bias
+        self.weight: Tensor = linears[0].weight  # [rows of all members, in]
+        self.bias: Tensor | None = linears[0].bias  # the same rows
         self.members = [Member(self, index, linear) for index, linear in enumerate(linears)]
         self._sizes = [linear.out_features for linear in linears]
         self._method: LinearMethod | None = None
@@ -60,8 +57,7 @@ class Projection(nn.Module):
     def pack(self, method: LinearMethod) -> None:
         """Give the loaded weight to `method`. Only shapes and dtypes stay behind, for code that asks for them."""
         bias = None if self.bias is None else self.bias.data
-        self._packed = method.pack(self.weight.data, bias)
-        self._method = method
+        self._packed, self._method = method.pack(self.weight.data, bias), method
         self._store(self.weight.data.to("meta"), None if bias is None else bias.to("meta"))
 
     def _store(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -77,14 +73,11 @@ class Projection(nn.Module):
 class Member(nn.Linear):
     """Stands in the model where a linear layer stood, and takes its rows of a `Projection`."""
 
-    projection: Projection
-
     def __init__(self, projection: Projection, index: int, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.index = index
-        self.__dict__["projection"] = projection  # not a submodule: its parameters are the members'
+        self.projection, self.index = projection, index
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., in] to [..., out]."""

@@ -138,17 +138,9 @@ def record_attention(
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-def _record_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: MaskFunction,
-    local_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    **kwargs: Any,
-) -> Tensor:
-    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=dtype)
-    _observing.get().masks.append((mask, mask_function, local_size))
+def _record_mask(batch_size: int, q_length: int, kv_length: int, mask_function: MaskFunction, **kwargs: Any) -> Tensor:
+    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=kwargs.get("dtype", torch.float32))
+    _observing.get().masks.append((mask, mask_function, kwargs.get("local_size")))
     return mask
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from npu_sim import runtime
 from torch import Tensor
+from torch.futures import Future
 
 NAME = "npucl"
 """What `torch.distributed` calls it."""
@@ -26,12 +28,15 @@ def register() -> None:
     dist.Backend.register_backend(NAME, _Group, devices=["npu", "cpu"])
 
 
-class _Group(dist.ProcessGroup):
+_c10d: Any = torch._C._distributed_c10d  # most of it has no types
+
+
+class _Group(_c10d.ProcessGroup):  # type: ignore[misc]
     """A process group, with the methods that `torch.distributed` calls."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo = _c10d.ProcessGroupGloo(store, rank, size, timeout)
         self._label = ""
 
     def getBackendName(self) -> str:  # noqa: N802
@@ -91,8 +96,8 @@ class _Group(dist.ProcessGroup):
         return _staged(lambda x: self._gloo.recv([x], src, tag), tensors[0])
 
     def barrier(self, opts: Any = None) -> Any:
-        if torch.npu.is_initialized():
-            torch.npu.synchronize()
+        if runtime.is_initialized():
+            runtime.synchronize()
         self._gloo.barrier().wait()
         return _done([])
 
@@ -118,9 +123,9 @@ def _staged(run: Callable[..., Any], output: Tensor, *inputs: Tensor) -> Any:
 
 
 def _done(result: Any) -> Any:
-    future: torch.futures.Future[Any] = torch.futures.Future()
+    future: Future[Any] = Future()
     future.set_result(result)
-    return torch._C._distributed_c10d._create_work_from_future(future)
+    return _c10d._create_work_from_future(future)
 
 
 def _header(name: str, x: Tensor, **sizes: list[int]) -> Tensor:

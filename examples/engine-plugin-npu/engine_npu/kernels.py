@@ -1,4 +1,4 @@
-"""Kernels, in the device's kernel language: they run on the device, where lengths may be looked at and loops depend on them.
+"""Kernels, in the device's kernel language: on the device, lengths may be looked at and loops may depend on them.
 
 Shapes: N tokens, R rows of one query each, H query heads, K key/value heads, G = H / K, D and E head sizes, B tokens a
 block, W the width of the block table, T tiles of 16 lanes.

@@ -66,4 +66,5 @@ def _untiled(tiles: Tensor) -> Tensor:
 
 def _tiled(blocks: Tensor) -> Tensor:
     """[n, B, K, T * 16] to [n, K, T, B, 16]."""
-    return blocks.unflatten(3, (-1, LANES)).permute(0, 2, 3, 1, 4)
+    tiles: Tensor = blocks.unflatten(3, (-1, LANES))
+    return tiles.permute(0, 2, 3, 1, 4)

@@ -30,7 +30,7 @@ from engine_sdk import (
 
 
 class NpuPlatform(TorchPlatform):
-    """One NPU. Graphs, memory, streams and experts are torch's own, which reach the device through `torch.accelerator`."""
+    """One NPU. Graphs, memory, streams and experts are the defaults, which reach it through `torch.accelerator`."""
 
     name = "npu"
     device_type = "npu"

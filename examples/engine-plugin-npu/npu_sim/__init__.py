@@ -5,6 +5,7 @@ first use; `npu_sim.driver` answers without either.
 """
 
 import torch
+from torch.utils.backend_registration import rename_privateuse1_backend
 
 from npu_sim import runtime
 from npu_sim.kernels import kernel
@@ -12,5 +13,5 @@ from npu_sim.loading import load
 
 __all__ = ["kernel", "load"]
 
-torch.utils.rename_privateuse1_backend("npu")
+rename_privateuse1_backend("npu")
 torch._register_device_module("npu", runtime)

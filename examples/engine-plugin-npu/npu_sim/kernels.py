@@ -29,7 +29,7 @@ def kernel(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def register(body: Callable[..., None]) -> Callable[..., None]:
         library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
         library.define(f"{operator}({signature}")
-        # A device runs the kernels that torch has for host tensors, on its own memory; the launch needs the shapes only.
+        # The device runs what torch has for host tensors, on its own memory; to launch, shapes are enough.
         library.impl(operator, body, "CPU")
         library.impl(operator, lambda *args: None, "Meta")
         launch: Any = getattr(getattr(torch.ops, namespace), operator)

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from torch.utils.backend_registration import generate_methods_for_privateuse1_backend
 
 from npu_sim import driver
 
@@ -26,7 +27,7 @@ def load() -> None:
     """
     torch.ops.load_library(str(build()))
     torch.ops.npu_sim.configure(driver.device_count(), driver.total_memory(), driver.generation())
-    torch.utils.generate_methods_for_privateuse1_backend()
+    generate_methods_for_privateuse1_backend()
     atexit.register(torch.ops.npu_sim.settle)  # workers may need Python, which is about to end
 
 

@@ -37,6 +37,7 @@ COMMANDS = (
     Command("bench", "measure speed", "engine.extensions.cli.bench"),
     Command("platforms", "list the hardware plugins and what they can do", "engine.extensions.cli.platforms"),
     Command("doctor", "describe this installation, for a bug report", "engine.extensions.cli.doctor"),
+    Command("plugin", "start a hardware plugin of your own", "engine_sdk.scaffold"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from engine.discovery import HOOKS, Plugin, describe, discover
 from engine.errors import EngineError
 from engine.extensions.cli.platforms import selection, survey
 from engine.extensions.cli.text import fields, size
-from engine.plugins import Hooks
+from engine.plugins import Hooks, load_platform
 
 _PACKAGES = ("engine", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "pluggy")
 
@@ -38,16 +39,20 @@ _SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+    about = "also try the operators that the engine needs on this platform's device; exit status 1 if some fail"
+    parser.add_argument("--platform", metavar="NAME", help=about)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     report = {section.__name__.strip("_"): _attempt(section) for section in _SECTIONS}
+    if args.platform:
+        report["operators"] = _attempt(functools.partial(_operators, args.platform))
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         print("\n\n".join(f"{title}\n{fields(values)}" for title, values in report.items()))
-    return 0
+    return int(bool(report.get("operators", {}).keys() - {"tried", "device"}))
 
 
 def _attempt(section: Callable[[], dict[str, object]]) -> dict[str, Any]:
@@ -119,6 +124,17 @@ def _plugins() -> dict[str, object]:
     }
     hooks = {f"hooks {p.name}": f"{p.distribution} {p.version}, {_hook_status(p)}" for p in discover(HOOKS)}
     return {"by default": chosen or problem.partition("\n")[0], **platforms, **hooks}
+
+
+def _operators(name: str) -> dict[str, object]:
+    from engine.extensions.cli.operators import NEEDED, unsupported
+
+    platform = load_platform(name)
+    failed = {
+        f"{operator.name} {str(dtype).removeprefix('torch.')}": f"{operator.needed}\n{cause}"
+        for operator, dtype, cause in unsupported(platform)
+    }
+    return {"device": str(platform.device().torch_device), "tried": f"{len(NEEDED)}, {len(failed)} failed", **failed}
 
 
 def _caches() -> dict[str, object]:
