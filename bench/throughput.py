@@ -101,7 +101,7 @@ def checkpoint(args: argparse.Namespace, folder: Path) -> str:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     if args.shape == "demo":
-        from engine.runner import DEMO_MODEL
+        from engine.config import DEMO_MODEL
 
         return str(DEMO_MODEL)
     torch.manual_seed(0)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import DEMO_MODEL
 from engine.extensions.cli import main
-from engine.runner import DEMO_MODEL
 
 ENGINE = [sys.executable, "-c", "import sys; from engine.extensions.cli import main; sys.exit(main())"]
 SMALL = ["--platform", "cpu", "--max-model-len", "128", "--num-blocks", "64"]

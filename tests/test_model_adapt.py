@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 from transformers.models.llama import modeling_llama
 
+from engine.config import EngineArgs
 from engine.errors import UnsupportedModelError
 from engine.interfaces import AttentionBatch, LinearMethod, QuantScheme
 from engine.model import adapt, attention
 from engine.model.adapt import AdaptedModel, load_model
 from engine.model.attention import StepContext
-from engine.model.config import ModelSource
 from engine.model.probe import Visibility, recognise
 from engine_conformance.tiny_models import tiny_model
 from engine_cpu import CpuPlatform
@@ -73,7 +73,7 @@ def folder(name: str) -> Path:
 
 
 def load(name: str, platform: CpuPlatform | None = None, **options: Any) -> AdaptedModel:
-    return load_model(ModelSource(folder(name), **options), platform or CpuPlatform())
+    return load_model(EngineArgs(model=str(folder(name)), **options), platform or CpuPlatform())
 
 
 def sequences(model: AdaptedModel) -> list[list[int]]:

@@ -20,17 +20,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from engine.config import EngineArgs
 from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from engine.model import load as loading
 from engine.model.adapt import AdaptedModel, build, load_model
 from engine.model.checkpoint import Entry, read_index
-from engine.model.config import ModelSource, eos_token_ids, generation_defaults, max_model_len, read_config
+from engine.model.config import eos_token_ids, generation_defaults, max_model_len, read_config
 from engine_conformance.tiny_models import tiny_config, tiny_model
 from engine_cpu import CpuPlatform
 
 
 def load(folder: Path, **options: Any) -> AdaptedModel:
-    return load_model(ModelSource(folder, **options), CpuPlatform())
+    return load_model(EngineArgs(model=str(folder), **options), CpuPlatform())
 
 
 def save(name: str, folder: Path, **options: Any) -> Path:
@@ -147,14 +148,14 @@ def test_leftovers_that_transformers_ignores(llama: Path) -> None:
 
 def test_overrides_reach_parts_of_the_configuration(llama: Path) -> None:
     overrides = {"max_position_embeddings": 77, "rope_parameters": {"rope_theta": 5.0}}
-    config = read_config(ModelSource(llama, hf_overrides=overrides))
+    config = read_config(EngineArgs(model=str(llama), hf_overrides=overrides))
     assert max_model_len(config) == 77
     assert config.rope_parameters["rope_theta"] == 5.0
     assert config.rope_parameters["rope_type"] == "default"
 
 
 def test_end_tokens(llama: Path) -> None:
-    config = read_config(ModelSource(llama))
+    config = read_config(EngineArgs(model=str(llama)))
     (llama / "generation_config.json").unlink(missing_ok=True)
     assert eos_token_ids(llama, config) == (2,)
     (llama / "generation_config.json").write_text('{"eos_token_id": [5, 6], "top_p": 0.9}')
@@ -165,7 +166,7 @@ def test_end_tokens(llama: Path) -> None:
 def test_a_configuration_without_end_token(tmp_path: Path) -> None:
     save("roc_bert", tmp_path)
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
-    assert eos_token_ids(tmp_path, read_config(ModelSource(tmp_path))) == ()
+    assert eos_token_ids(tmp_path, read_config(EngineArgs(model=str(tmp_path)))) == ()
 
 
 # Dummy weights
@@ -338,18 +339,18 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import torch
+from engine.config import EngineArgs
 from engine_cpu import CpuPlatform
 from engine.model.adapt import load_model
-from engine.model.config import ModelSource
 
 def kib(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 warm, folder = map(Path, sys.argv[1:3])
-load_model(ModelSource(warm, dtype=sys.argv[3]), CpuPlatform())
+load_model(EngineArgs(model=str(warm), dtype=sys.argv[3]), CpuPlatform())
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before = kib("VmRSS")
-model = load_model(ModelSource(folder, dtype=sys.argv[3]), CpuPlatform())
+model = load_model(EngineArgs(model=str(folder), dtype=sys.argv[3]), CpuPlatform())
 weights = sum(p.nbytes for p in model.model.parameters())
 print((kib("VmHWM") - before) * 1024 / weights)
 """

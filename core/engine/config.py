@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from engine.errors import ConfigError
+
+DEMO_MODEL = Path(__file__).with_name("demo_model")
+"""The small model that ships with the engine."""
 
 _AT_LEAST_ONE = (
     "max_model_len",
@@ -76,6 +80,11 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None
     disable_log_stats: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder."""
+        return Path(self.model) if self.model else DEMO_MODEL
 
     @classmethod
     def of(cls, **options: Any) -> EngineArgs:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +28,6 @@ from engine.staging import Staging
 from engine.step import Step, StepResult
 
 log = logging.getLogger(__name__)
-
-DEMO_MODEL = Path(__file__).with_name("demo_model")
-"""The small model that ships with the engine."""
 
 _DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "block_size": 16}
 
@@ -83,19 +79,7 @@ class ModelRunner:
         device = platform.device()
         device.activate()
         self._device = device
-        self.model: AdaptedModel = load_model(
-            model_config.ModelSource(
-                folder=Path(args.model) if args.model else DEMO_MODEL,
-                dtype=args.dtype,
-                kv_cache_dtype=args.kv_cache_dtype,
-                load_format=args.load_format,
-                hf_overrides=args.hf_overrides,
-                trust_remote_code=args.trust_remote_code,
-                seed=args.seed,
-            ),
-            platform,
-            progress=progress,
-        )
+        self.model: AdaptedModel = load_model(args, platform, progress=progress)
         assert args.max_num_seqs is not None
         assert args.max_num_batched_tokens is not None
         assert args.block_size is not None
@@ -223,7 +207,7 @@ class ModelRunner:
 
     def info(self, load_seconds: float) -> EngineInfo:
         """What front-ends need to know."""
-        model, folder = self.model, Path(self.args.model) if self.args.model else DEMO_MODEL
+        model, folder = self.model, self.args.folder
         first = self.kv_plan.groups[0].spec.block_size if self.kv_plan.groups else 0
         return EngineInfo(
             model=str(folder),

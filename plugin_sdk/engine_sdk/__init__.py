@@ -51,6 +51,7 @@ from engine_sdk.experts import GroupedExperts, TorchExperts, combine
 from engine_sdk.graphs import TorchGraph, TorchGraphs
 from engine_sdk.layout import BlockLayout, HeadMajor, PagedCache, TokenMajor
 from engine_sdk.memory import TorchMemory, host_memory
+from engine_sdk.ops import REFERENCE_OPS
 from engine_sdk.platform import TorchPlatform, require_attention
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "COLLECTIVES",
     "CONTRACT",
     "OK",
+    "REFERENCE_OPS",
     "AttentionBackend",
     "AttentionBatch",
     "AttentionFeature",

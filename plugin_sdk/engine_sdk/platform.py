@@ -37,6 +37,7 @@ from engine_sdk.device import TorchDevice
 from engine_sdk.experts import TorchExperts
 from engine_sdk.graphs import TorchGraphs
 from engine_sdk.memory import TorchMemory, host_memory
+from engine_sdk.ops import REFERENCE_OPS
 
 
 class TorchPlatform(Platform):
@@ -95,7 +96,7 @@ class TorchPlatform(Platform):
 
     def ops(self) -> OpSet:
         """The references."""
-        return OpSet()
+        return REFERENCE_OPS
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
         """Unquantised layers stay torch's; there are no quantised ones."""

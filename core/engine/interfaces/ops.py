@@ -7,45 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in fp32, rounded once before the weight.
-
-    Source: Zhang and Sennrich, 2019, as Transformers' Llama computes it. x [..., D], weight [D]; result as `x`.
-    """
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
-
-
-def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, elementwise."""
-    return F.silu(gate) * up
-
-
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding with the two halves of the rotated dimensions as pairs (Su et al., 2021; GPT-NeoX order).
-
-    q [..., H, N, D], k [..., K, N, D], cos and sin [..., N, D]; results are new tensors.
-    """
-
-    def turn(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return x * cos.unsqueeze(-3) + torch.cat((-second, first), -1) * sin.unsqueeze(-3)
-
-    return turn(q), turn(k)
 
 
 @dataclass(frozen=True)
 class OpSet:
-    """Token-wise operations. Each default is the reference; a platform replaces those that it has faster."""
+    """Token-wise operations. `engine_sdk.REFERENCE_OPS` has all in plain torch; a platform replaces what it has faster.
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
-    silu_and_mul: Callable[[Tensor, Tensor], Tensor] = silu_and_mul
-    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary
+    Attributes:
+        rms_norm: (x [..., D], weight [D], eps) to ``x / sqrt(mean(x^2) + eps) * weight``, computed in fp32 and rounded
+            once before the weight (Zhang and Sennrich, 2019, as Transformers' Llama has it).
+        silu_and_mul: (gate, up) to ``silu(gate) * up``, elementwise.
+        rotary: (q [..., H, N, D], k [..., K, N, D], cos and sin [..., N, D]) to new q and k; the two halves of the
+            rotated dimensions are pairs (Su et al., 2021, in GPT-NeoX's order).
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    silu_and_mul: Callable[[Tensor, Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from engine.config import EngineArgs
 from engine.errors import UnsupportedModelError
 from engine.interfaces import Platform
 from engine.model import attention, experts, probe
 from engine.model.attention import AttentionLayer, StepContext
 from engine.model.checkpoint import read_index
-from engine.model.config import ModelSource, max_model_len, read_config, resolve_dtype
+from engine.model.config import max_model_len, read_config, resolve_dtype
 from engine.model.linear import fuse
 from engine.model.load import LoadPlan, allocate, fill_dummy
 from engine.model.probe import Observations
@@ -75,20 +76,20 @@ class AdaptedModel:
         self.attention_layers = attention.attach(self.model, seen, platform, kv_dtype, self.context)
 
 
-def load_model(source: ModelSource, platform: Platform, *, progress: bool = False) -> AdaptedModel:
-    """Build the model that `source` names, with its weights on the platform's device.
+def load_model(args: EngineArgs, platform: Platform, *, progress: bool = False) -> AdaptedModel:
+    """Build the model that `args` name, with its weights on the platform's device.
 
     Raises `CheckpointError` for files that are missing or wrong, `UnsupportedModelError` for an architecture that needs
     what is not built yet, `UnsupportedCapability` for one that needs what the platform lacks.
     """
-    config = read_config(source)
-    dtype = resolve_dtype(source.dtype, config)
-    kv_dtype = dtype if source.kv_cache_dtype == "auto" else resolve_dtype(source.kv_cache_dtype, config)
+    config = read_config(args)
+    dtype = resolve_dtype(args.dtype, config)
+    kv_dtype = dtype if args.kv_cache_dtype == "auto" else resolve_dtype(args.kv_cache_dtype, config)
     device = platform.device()
     linear = platform.linear(None)
 
-    model = build(config, dtype, trust_remote_code=source.trust_remote_code)
-    plan = LoadPlan(model, read_index(source.folder)) if source.load_format == "auto" else None
+    model = build(config, dtype, trust_remote_code=args.trust_remote_code)
+    plan = LoadPlan(model, read_index(args.folder)) if args.load_format == "auto" else None
     adapted = AdaptedModel(model)
     if adapter := get_hooks().engine_models().get(type(model).__name__):
         reserved = adapter(model, adapted.context)
@@ -106,7 +107,7 @@ def load_model(source: ModelSource, platform: Platform, *, progress: bool = Fals
     if plan is not None:
         plan.fill(device, progress=progress)
     else:
-        fill_dummy(model, source.seed)
+        fill_dummy(model, args.seed)
     if linear is not None:
         for projection in projections:
             projection.pack(linear)

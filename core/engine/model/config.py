@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
+from engine.config import EngineArgs
 from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model to load, and how; the fields mean what `engine.config.EngineArgs` says."""
-
-    folder: Path  # holds config.json and, unless `load_format` is "dummy", safetensors files
-    dtype: str = "auto"
-    kv_cache_dtype: str = "auto"
-    load_format: Literal["auto", "dummy"] = "auto"
-    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
-    trust_remote_code: bool = False
-    seed: int = 0
-
-
-def read_config(source: ModelSource) -> PreTrainedConfig:
+def read_config(args: EngineArgs) -> PreTrainedConfig:
     """The configuration with the overrides applied; reads the folder only, never a hub.
 
     Raises `CheckpointError` where the files are missing or wrong, and `UnsupportedModelError` for a model type that the
     installed Transformers does not have.
     """
-    folder, overrides = source.folder, source.hf_overrides
+    folder, overrides = args.folder, args.hf_overrides
     raw = _read_json(folder, "config.json")
     if raw is None:
         there = f"{folder} has no config.json" if folder.is_dir() else f"{folder} does not exist"
@@ -45,12 +32,12 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     if (quantization := raw.get("quantization_config")) is not None:
         method = f"quantised with {quantization.get('quant_method', 'unknown')!r}"
         raise UnsupportedModelError(f"{folder} has weights {method}, which is not built yet; use the original ones")
-    trusted = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
+    trusted = {"trust_remote_code": args.trust_remote_code, "local_files_only": True}
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **trusted)
         return type(config).from_dict(_merge(raw, overrides)) if overrides else config
     except Exception as error:  # every configuration class validates in its own way
-        if "auto_map" in raw and not source.trust_remote_code:
+        if "auto_map" in raw and not args.trust_remote_code:
             raise ConfigError(f"{folder} brings its own Python code; set trust_remote_code if you trust it") from error
         if "model_type" in raw and raw["model_type"] not in transformers.CONFIG_MAPPING:
             ours = f"Transformers {transformers.__version__}; a newer Transformers may have it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +82,7 @@ class NpuPlatform(TorchPlatform):
 
     def ops(self) -> OpSet:
         """A fused norm; the rest is the reference."""
-        return OpSet(rms_norm=rms_norm)
+        return dataclasses.replace(super().ops(), rms_norm=rms_norm)
 
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
         """Blocks as large as the chip's tiles, and no bfloat16 where there is none."""
