@@ -48,30 +48,18 @@ class Rows:
 
 @dataclass
 class Batch:
-    """One step's tensors; those on the device are valid after `Staging.upload`.
+    """One step's tensors; those on the device are valid after `Staging.upload`."""
 
-    Attributes:
-        work: the step's work in batch order, decodes first.
-        order: `order[i]` is the index in `Step.work` of `work[i]`.
-        input_ids: int64 [N].
-        feed: int64 [num_decodes], the row whose last sampled token is the input, -1 where `input_ids` holds it.
-        positions: int64 [N].
-        logits_index: int64 [S + P], tokens whose logits are wanted: the sampled ones, then prompt positions.
-        sampled: indices into `work` of the S sampled entries.
-        sampled_rows: int64 [S].
-        prompt_next: int64 [P], the token after each wanted prompt position.
-        attention: per KV group.
-    """
-
-    work: list[Work]
-    order: list[int]
-    input_ids: Staged
+    work: list[Work]  # the step's work in batch order, decodes first
+    order: list[int]  # `order[i]` is the index in `Step.work` of `work[i]`
+    input_ids: Staged  # int64 [N]
+    # int64 [num_decodes], the row whose last sampled token is the input, -1 where `input_ids` holds it
     feed: Staged | None
-    positions: Staged
-    logits_index: Staged
-    sampled: list[int]
-    sampled_rows: Staged
-    prompt_next: Staged | None
+    positions: Staged  # int64 [N]
+    logits_index: Staged  # int64 [S + P], tokens whose logits are wanted: the sampled ones, then prompt positions
+    sampled: list[int]  # indices into `work` of the S sampled entries
+    sampled_rows: Staged  # int64 [S]
+    prompt_next: Staged | None  # int64 [P], the token after each wanted prompt position
     groups: list[tuple[Staged, Staged]]
     query_start: Staged
     seq_lens: Staged

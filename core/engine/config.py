@@ -113,32 +113,19 @@ class EngineArgs:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """What the scheduler reads.
+    """What the scheduler reads."""
 
-    Attributes:
-        max_num_seqs: rows of a step.
-        max_num_batched_tokens: token budget of a step.
-        max_model_len: most tokens of one sequence.
-        policy: order of waiting requests and victims.
-        prompt_logprobs_chunk: most prompt tokens a step computes for a sequence that wants prompt logprobs, since each
-            needs a row of logits.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    max_num_seqs: int  # rows of a step
+    max_num_batched_tokens: int  # token budget of a step
+    max_model_len: int  # most tokens of one sequence
+    policy: Literal["fcfs", "priority"] = "fcfs"  # order of waiting requests and victims
+    # most prompt tokens a step computes for a sequence that wants prompt logprobs, since each needs a row of logits
     prompt_logprobs_chunk: int = 256
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What the KV manager reads.
+    """What the KV manager reads."""
 
-    Attributes:
-        num_blocks: pages in the pool, page 0 (never used) included.
-        enable_prefix_caching: keep full blocks for later hits.
-    """
-
-    num_blocks: int
-    enable_prefix_caching: bool = True
+    num_blocks: int  # pages in the pool, page 0 (never used) included
+    enable_prefix_caching: bool = True  # keep full blocks for later hits

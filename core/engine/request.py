@@ -120,13 +120,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Logprob:
-    """One token's log probability.
-
-    Attributes:
-        logprob: natural logarithm.
-        rank: 1 for the likeliest token.
-        decoded_token: its text.
-    """
+    """One token's log probability: `logprob`, a natural logarithm; `rank`, 1 for the likeliest; `decoded_token`, text."""
 
     logprob: float
     rank: int
@@ -198,64 +192,39 @@ class RequestOutput:
 
 @dataclass
 class CoreRequest:
-    """One sequence as the engine core takes it: token ids in, nothing left to resolve. Plain data, fit for a socket.
+    """One sequence as the engine core takes it: token ids in, nothing left to resolve. Plain data, fit for a socket."""
 
-    Attributes:
-        request_id: unique in the core.
-        prompt_token_ids: at least one.
-        params: with `n` of 1, and `seed` and `max_tokens` filled in.
-        eos_token_ids: ids that end the output unless `ignore_eos`.
-        bad_token_ids: token sequences that must not be produced (from `bad_words`).
-        priority: lower runs first under the priority policy.
-        cache_salt: joins the prefix cache's hash, so that only requests of equal salt share blocks.
-        arrival: order of arrival; ties of priority are broken by it.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    eos_token_ids: tuple[int, ...] = ()
+    request_id: str  # unique in the core
+    prompt_token_ids: list[int]  # at least one
+    params: SamplingParams  # with `n` of 1, and `seed` and `max_tokens` filled in
+    eos_token_ids: tuple[int, ...] = ()  # ids that end the output unless `ignore_eos`
+    # token sequences that must not be produced (from `bad_words`)
     bad_token_ids: list[list[int]] = field(default_factory=list)
-    priority: int = 0
-    cache_salt: str | None = None
-    arrival: float = 0.0
+    priority: int = 0  # lower runs first under the priority policy
+    cache_salt: str | None = None  # joins the prefix cache's hash, so that only requests of equal salt share blocks
+    arrival: float = 0.0  # order of arrival; ties of priority are broken by it
 
 
 @dataclass
 class TokenLogprobs:
-    """Log probabilities at one position: the chosen token first, then the likeliest in order.
-
-    Attributes:
-        token_ids, logprobs: of equal length.
-        rank: of the chosen token, from 1.
-    """
+    """Log probabilities at one position: the chosen token first, then the likeliest in order."""
 
     token_ids: list[int]
     logprobs: list[float]
-    rank: int
+    rank: int  # of the chosen token, from 1
 
 
 @dataclass
 class CoreOutput:
-    """What one step brought for one sequence.
+    """What one step brought for one sequence."""
 
-    Attributes:
-        request_id: whose.
-        token_ids: the new tokens, possibly none.
-        finish_reason, stop_reason: set when the sequence ended.
-        logprobs: one entry a new token, when they were asked for.
-        prompt_logprobs: entries for the prompt positions that this step computed, when they were asked for.
-        num_cached_tokens: prompt tokens that came from the prefix cache.
-        num_preemptions: so far.
-        scheduled_time: when it was first scheduled, `time.monotonic`.
-    """
-
-    request_id: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
+    request_id: str  # whose
+    token_ids: list[int]  # the new tokens, possibly none
+    finish_reason: FinishReason | None = None  # finish_reason, stop_reason: set when the sequence ended
     stop_reason: int | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one entry a new token, when they were asked for
+    # entries for the prompt positions that this step computed, when they were asked for
     prompt_logprobs: list[TokenLogprobs] | None = None
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    scheduled_time: float | None = None
+    num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    num_preemptions: int = 0  # so far
+    scheduled_time: float | None = None  # when it was first scheduled, `time.monotonic`

@@ -13,58 +13,36 @@ from engine.request import CoreRequest, TokenLogprobs
 
 @dataclass
 class NewRow:
-    """A sequence enters a row, for the first time or after a preemption.
+    """A sequence enters a row, for the first time or after a preemption."""
 
-    Attributes:
-        row: the row it owns from now on.
-        request: with its parameters.
-        token_ids: prompt and output so far.
-        num_computed: tokens whose keys and values are in the cache already (a prefix hit).
-        block_ids: per KV group, the blocks that it owns, freed ones as 0.
-    """
-
-    row: int
-    request: CoreRequest
-    token_ids: list[int]
-    num_computed: int
-    block_ids: list[list[int]]
+    row: int  # the row it owns from now on
+    request: CoreRequest  # with its parameters
+    token_ids: list[int]  # prompt and output so far
+    num_computed: int  # tokens whose keys and values are in the cache already (a prefix hit)
+    block_ids: list[list[int]]  # per KV group, the blocks that it owns, freed ones as 0
 
 
 @dataclass
 class Work:
-    """Tokens ``[start, start + num_tokens)`` of one row.
+    """Tokens ``[start, start + num_tokens)`` of one row."""
 
-    Attributes:
-        row: which row.
-        start: position of the first token.
-        num_tokens: how many; 1 in decode.
-        new_blocks: per KV group, blocks appended to the row's table before this step (not those of `NewRow`).
-        sample: the last token's logits choose the next token; false inside a prompt.
-        num_prompt_logits: prompt positions of this work whose logits are wanted for prompt logprobs: the first
-            `num_prompt_logits` tokens.
-    """
-
-    row: int
-    start: int
-    num_tokens: int
+    row: int  # which row
+    start: int  # position of the first token
+    num_tokens: int  # how many; 1 in decode
+    # per KV group, blocks appended to the row's table before this step (not those of `NewRow`)
     new_blocks: list[list[int]]
-    sample: bool
+    sample: bool  # the last token's logits choose the next token; false inside a prompt
+    # prompt positions of this work whose logits are wanted for prompt logprobs: the first `num_prompt_logits` tokens
     num_prompt_logits: int = 0
 
 
 @dataclass
 class Step:
-    """One step.
+    """One step."""
 
-    Attributes:
-        new_rows: sequences that enter, applied after `freed_rows`.
-        freed_rows: rows given up since the last step.
-        work: what to compute; at most one entry a row.
-    """
-
-    new_rows: list[NewRow] = field(default_factory=list)
-    freed_rows: list[int] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
+    new_rows: list[NewRow] = field(default_factory=list)  # sequences that enter, applied after `freed_rows`
+    freed_rows: list[int] = field(default_factory=list)  # rows given up since the last step
+    work: list[Work] = field(default_factory=list)  # what to compute; at most one entry a row
 
     @property
     def num_tokens(self) -> int:
@@ -74,14 +52,8 @@ class Step:
 
 @dataclass
 class StepResult:
-    """What a step gave, aligned with `Step.work`.
+    """What a step gave, aligned with `Step.work`."""
 
-    Attributes:
-        token_ids: the sampled token, or None where the work did not sample.
-        logprobs: of the sampled token, where asked for.
-        prompt_logprobs: entries for the work's wanted prompt positions.
-    """
-
-    token_ids: list[int | None]
-    logprobs: list[TokenLogprobs | None]
-    prompt_logprobs: list[list[TokenLogprobs] | None]
+    token_ids: list[int | None]  # the sampled token, or None where the work did not sample
+    logprobs: list[TokenLogprobs | None]  # of the sampled token, where asked for
+    prompt_logprobs: list[list[TokenLogprobs] | None]  # entries for the work's wanted prompt positions

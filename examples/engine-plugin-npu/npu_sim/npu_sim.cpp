@@ -72,6 +72,7 @@ std::atomic<bool> in_use{false};  // a device has a context, which does not surv
 bool forked = false;
 std::atomic<int> sync_debug_mode{0};  // 1 warns, 2 raises when the host has to wait
 std::atomic<int64_t> num_launches{0}, num_waits{0};
+std::atomic<int64_t> delay{0};  // microseconds that every launch takes beside its own time
 
 thread_local int current_device = 0;
 thread_local std::array<int, kMaxDevices> current_stream{};
@@ -164,6 +165,7 @@ class StreamQueue {
       std::exception_ptr failure;
       try {
         if (at::get_num_threads() != threads) at::set_num_threads(threads);  // the same sums as on the host
+        if (delay) std::this_thread::sleep_for(std::chrono::microseconds(delay));
         task();
       } catch (...) {
         failure = std::current_exception();
@@ -1076,6 +1078,7 @@ TORCH_LIBRARY(npu_sim, m) {
   m.def("initialized() -> bool", [] { return in_use.load(); });
   m.def("forked() -> bool", [] { return forked; });
   m.def("sync_debug_mode(int mode) -> int", [](int64_t mode) { return int64_t(sync_debug_mode.exchange(int(mode))); });
+  m.def("delay(int microseconds) -> int", [](int64_t microseconds) { return delay.exchange(microseconds); });
   m.def("launches() -> int", [] { return num_launches.load(); });
   m.def("waits() -> int", [] { return num_waits.load(); });
   m.def("close_gate() -> int", close_gate);

@@ -145,3 +145,13 @@ def held() -> Iterator[None]:
         yield
     finally:
         _sim.open_gate(gate)
+
+
+@contextmanager
+def slowed(microseconds: int) -> Iterator[None]:
+    """Let every launch take so much longer, so that what should have waited for it shows."""
+    before = _sim.delay(microseconds)
+    try:
+        yield
+    finally:
+        _sim.delay(before)

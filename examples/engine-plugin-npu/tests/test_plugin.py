@@ -175,6 +175,8 @@ def test_the_engine_gives_the_hosts_tokens_and_never_waits_in_a_step(folder: Pat
     assert sum(o.num_cached_tokens for o in again) > 0
 
     assert tokens(engine(folder, async_scheduling=False).generate(prompts, GREEDY)) == expected
+    with torch.npu.slowed(200):
+        assert tokens(engine(folder).generate(prompts, GREEDY)) == expected
 
 
 def test_preemption_changes_nothing(folder: Path, prompts: list[list[int]]) -> None:
