@@ -120,7 +120,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Logprob:
-    """One token's log probability: `logprob`, a natural logarithm; `rank`, 1 for the likeliest; `decoded_token`, text."""
+    """One token: `logprob`, a natural logarithm; `rank`, 1 for the likeliest; `decoded_token`, its text."""
 
     logprob: float
     rank: int
