@@ -184,7 +184,8 @@ class Arena:
 
     Attributes:
         buffer: uint8, canary, pool and canary; `after` is what must be in it once the call is done.
-        ignored: part of the buffer where padding tokens may write.
+        ignored: where block 0 lies, if the layout keeps blocks in one piece.
+        cache, after_cache: what the layout bound to `buffer` and to `after`.
         tokens: q, k and v of the step, on the device like `sinks` and `alibi_slopes`.
         expected: of each request.
     """
@@ -196,6 +197,7 @@ class Arena:
     after: Tensor
     ignored: slice
     cache: KVCache
+    after_cache: KVCache
     tokens: tuple[Tensor, ...]
     sinks: Tensor | None
     alibi_slopes: Tensor | None
@@ -294,6 +296,7 @@ def prepare(backend: AttentionBackend, case: Case, declared: Capabilities, devic
         after=after,
         ignored=slice(begin, begin + pitch),
         cache=cache,
+        after_cache=after_cache,
         tokens=_fused(q, k, v) if case.fused else (q, k, v),
         sinks=None if sinks is None else sinks.to(device),
         alibi_slopes=None if slopes is None else slopes.to(device),
@@ -424,9 +427,13 @@ def check(platform: Platform, backend: AttentionBackend, case: Case) -> float:
 
 
 def _check_pool(arena: Arena) -> None:
+    case, spec, device = arena.case, arena.case.spec, arena.buffer.device
+    if case.padding_tokens or case.empty_rows:  # they may write into block 0, wherever the layout keeps it
+        shape = (1, case.block_size, spec.num_kv_heads)
+        nothing = [torch.zeros(*shape, d, dtype=spec.kv_dtype, device=device) for d in (spec.head_dim, spec.v_head_dim)]
+        for cache in (arena.cache, arena.after_cache):
+            arena.layout.import_blocks(cache, torch.zeros(1, dtype=torch.int64, device=device), *nothing)
     buffer, after = arena.buffer.cpu(), arena.after.cpu()
-    if arena.case.padding_tokens or arena.case.empty_rows:
-        buffer[arena.ignored] = after[arena.ignored] = 0
     changed = (buffer != after).nonzero().flatten()
     assert not len(changed), (
         f"{len(changed)} bytes of the pool differ from what the written slots make, the first at {int(changed[0])}; "
