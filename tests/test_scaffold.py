@@ -31,7 +31,7 @@ def environment(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     site = tmp_path_factory.mktemp("site")
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--target", str(site)]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, str(repository)], check=True)
-    return os.environ | {"PYTHONPATH": str(site)}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
 
 
 def run(environment: dict[str, str], folder: Path, *words: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from engine import LLM, RequestOutput, SamplingParams
-from engine.errors import UnsupportedModelError
+from engine.errors import UnsupportedCapability, UnsupportedModelError
 from engine.plugins import load_platform
 from engine_conformance.tiny_models import UNRUNNABLE, tiny_model
 
@@ -42,14 +42,15 @@ class Outcome:
 
     Attributes:
         name: as Transformers calls it.
-        status: ``"right"``; ``"refused"`` at load with a reason; ``"wrong"`` or ``"failed"``, which must not happen.
+        status: ``"right"``; ``"refused"`` at load with a reason; ``"undeclared"``: the platform lacks what it needs
+            and says so; ``"wrong"`` or ``"failed"``, which must not happen.
         detail: the reason, or what was wrong.
         error: largest difference of log probabilities from the reference.
         preemptions, cached_tokens: how hostile the run was.
     """
 
     name: str
-    status: Literal["right", "refused", "wrong", "failed"]
+    status: Literal["right", "refused", "undeclared", "wrong", "failed"]
     detail: str = ""
     error: float = 0.0
     preemptions: int = 0
@@ -61,13 +62,16 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
     if name in UNRUNNABLE:
         return Outcome(name, "refused", f"no reference: {UNRUNNABLE[name]}")
     model: Any = tiny_model(name, dtype=dtype)
-    block_size = min((b for b in range(4, 1025) if b in load_platform(platform).capabilities().block_sizes), default=16)
+    allowed = load_platform(platform).capabilities().block_sizes
+    block_size = next((size for size in range(4, 1025) if size in allowed), 16)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
             runs = _run(name, Path(folder), platform, dtype, {"block_size": block_size, **options})
         except UnsupportedModelError as error:
             return Outcome(name, "refused", str(error))
+        except UnsupportedCapability as error:
+            return Outcome(name, "undeclared", str(error))
         except Exception as error:
             return Outcome(name, "failed", f"{type(error).__name__}: {error}")
     preemptions = sum(o.metrics.num_preemptions for run in runs for o in run if o.metrics)
@@ -114,7 +118,8 @@ def _run(
     roomy = LLM(str(folder), **{"num_blocks": 512, **common})
     runs = [roomy.generate(prompts, greedy), roomy.generate(prompts[2:4], greedy)]
     crowd = [*prompts, *(p[i : i + 4] for p in prompts for i in (0, 1))]  # short ones all begin, then grow
-    for spare in range(6):  # how much is too little for all and enough to let several begin depends on the windows
+    # How much is too little for all and enough to let several begin depends on the windows.
+    for spare in range(6 if common["block_size"] <= 4 else 1):
         tight = LLM(str(folder), **{**common, "num_blocks": roomy.info.min_blocks + spare})
         runs.append(tight.generate(crowd, greedy))
         if any(o.metrics.num_preemptions for o in runs[-1] if o.metrics):

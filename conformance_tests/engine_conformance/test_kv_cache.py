@@ -82,7 +82,9 @@ def untouched(buffer: Tensor, before: Tensor, begin: int, owned: Tensor) -> None
     assert not len(stray), f"{len(stray)} bytes of other blocks changed, the first at {int(stray[0])} of the pool"
 
 
-def owned_bytes(layout: KVLayout, spec: AttentionSpec, size: int, num_blocks: int, pitch: int, blocks: Tensor) -> Tensor:
+def owned_bytes(
+    layout: KVLayout, spec: AttentionSpec, size: int, num_blocks: int, pitch: int, blocks: Tensor
+) -> Tensor:
     """Which bytes of a pool hold `blocks`, bool [bytes]: a layout may keep a block in several pieces."""
     pool = torch.zeros(num_blocks * pitch, dtype=torch.uint8, device=blocks.device)
     shape = (len(blocks), size, spec.num_kv_heads)
