@@ -305,7 +305,7 @@ struct DeviceMemory final : c10::DeviceAllocator {
         for (auto [begin, size] : d.holes) madvise(d.base + kSpan + begin, size, MADV_DONTNEED);
     }
   }
-  // Nothing to do: a block lives until the last launched work that uses it is done.
+  // A block lives until the last launched work that uses it is done, on whatever stream.
   void recordStream(const DataPtr&, c10::Stream) override {}
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex index) override {
     auto& d = device(index);
@@ -976,6 +976,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_all);
   m.impl("set_.source_Storage", set_storage);
   m.impl("set_.source_Tensor", set_tensor);
+  m.impl("record_stream", [](Tensor&, c10::Stream) {});  // memory lives until the work that uses it is done
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   // Elsewhere composed of other operators; one launch here, with the CPU's bits; the first four have no gradient.

@@ -1,6 +1,7 @@
 """The simulated device behaves like one: memory of its own, work that runs late, streams, graphs, errors, limits."""
 
 import copy
+import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -24,6 +25,13 @@ def pinned(*shape: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.fixture
+def settled() -> None:
+    """Nothing runs, and nothing that is of no use holds memory."""
+    gc.collect()
+    torch.npu.synchronize()
 
 
 def test_the_host_cannot_read_device_memory(run: Run) -> None:
@@ -58,6 +66,7 @@ def test_a_number_on_the_host_counts_as_it_is_at_the_call() -> None:
     assert result.tolist() == [2, 2, 2]
 
 
+@pytest.mark.usefixtures("settled")
 def test_out_of_memory_is_an_error_that_passes() -> None:
     before = torch.accelerator.memory_allocated()
     total = torch.accelerator.get_memory_info()[1]
@@ -70,6 +79,7 @@ def test_out_of_memory_is_an_error_that_passes() -> None:
     assert torch.accelerator.memory_allocated() == before
 
 
+@pytest.mark.usefixtures("settled")
 def test_memory_is_counted() -> None:
     torch.accelerator.reset_peak_memory_stats()
     before, (free, total) = torch.accelerator.memory_allocated(), torch.accelerator.get_memory_info()
@@ -84,10 +94,12 @@ def test_memory_is_counted() -> None:
     assert torch.npu.memory_stats()["allocated_bytes.all.current"] == before + MIB
 
 
+@pytest.mark.usefixtures("settled")
 def test_memory_in_use_by_late_work_is_not_given_away() -> None:
     with torch.npu.held():
         x = npu(1024, fill=3)
         total = x.sum()
+        x.record_stream(torch.accelerator.current_stream())
         allocated = torch.accelerator.memory_allocated()
         del x
         assert torch.accelerator.memory_allocated() < allocated
@@ -96,6 +108,7 @@ def test_memory_in_use_by_late_work_is_not_given_away() -> None:
     assert other.sum().item() == 5 * 1024
 
 
+@pytest.mark.usefixtures("settled")
 def test_exhausted_memory_waits_for_what_late_work_holds() -> None:
     size = torch.accelerator.get_memory_info()[0] * 2 // 3
     for _ in range(4):
@@ -257,6 +270,20 @@ def test_a_graph_replays_after_its_inputs_changed() -> None:
             assert y.tolist() == [2 * value] * 4
 
 
+def test_graphs_as_context_managers_share_a_pool() -> None:
+    x, stream = npu(4), torch.Stream("npu")
+    first = torch.npu.Graph()
+    with stream, first:
+        x.add_(1)
+    second = torch.npu.Graph(pool=first.pool())
+    with stream, second:
+        x.mul_(10)
+    for graph in (second, first, second):
+        graph.replay()
+    assert x.tolist() == [110] * 4
+
+
+@pytest.mark.usefixtures("settled")
 def test_a_graph_keeps_its_memory() -> None:
     x, graph = npu(MIB), torch.npu.Graph()
     torch.npu.synchronize()
