@@ -35,6 +35,7 @@
 #include <deque>
 #include <map>
 #include <thread>
+#include <unordered_map>
 #include <unordered_set>
 
 extern "C" {  // of the Python that loads this: a host thread that waits must let the workers run Python kernels
@@ -698,6 +699,7 @@ std::shared_ptr<const Shapes> shapes_of_results(const OperatorHandle& op, const 
   static auto* known = new std::unordered_map<std::string, std::shared_ptr<const Shapes>>;
   const auto* schema = &op.schema();
   std::string key(reinterpret_cast<const char*>(&schema), sizeof schema);
+  key += char(c10::get_default_dtype_as_scalartype());  // what integers divide to
   for (const auto& arg : args)
     if (!describe(key, arg)) return ask_for_shapes(op, args);
   {

@@ -507,6 +507,17 @@ CASES: list[Callable[..., Tensor]] = [
 ]
 
 
+def test_results_follow_the_default_dtype() -> None:
+    x = torch.arange(4, device="npu")
+    assert (x / 2).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (x / 2).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.npu.synchronize()
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("grad", [True, False])
 def test_results_are_the_hosts_to_the_bit(case: Callable[..., Tensor], grad: bool) -> None:
