@@ -1,7 +1,7 @@
 """Kernels, in the device's kernel language: on the device, lengths may be looked at and loops may depend on them.
 
-Shapes: N tokens, R rows of one query each, H query heads, K key/value heads, G = H / K, D and E head sizes, B tokens a
-block, W the width of the block table, T tiles of 16 lanes.
+Shapes: N tokens, R rows of one query each, H query heads, K key/value heads, G = H / K, D head size, B tokens a block, W
+the width of the block table, T = D / 16 tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @kernel("engine_npu::store_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) keys, Tensor(b!) values) -> ()")
 def store_kv(k: Tensor, v: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Write k [N, K, D] and v [N, K, E] into tiles [num_blocks, K, T, B, 16] at slots int64 [N]."""
+    """Write k and v [N, K, D] into tiles [num_blocks, K, T, B, 16] at slots int64 [N]."""
     block, offset = slots // keys.shape[3], slots % keys.shape[3]
     for new, tiles in ((k, keys), (v, values)):
         tiles[block, :, :, offset] = new.unflatten(2, (-1, tiles.shape[4])).to(tiles.dtype)
@@ -40,7 +40,7 @@ def attend_decode(
     """Attention of one query a row, in one pass over the blocks that a row sees (Milakov and Gimelshein, 2018).
 
     q [R, H, D]; keys and values [num_blocks, K, T, B, 16]; table int32 [R, W]; lengths int32 [R], rows of length 0 are
-    left alone; sinks [H]; out [R, H, E]; lse fp32 [R, H].
+    left alone; sinks [H]; out [R, H, D]; lse fp32 [R, H].
     """
     size = keys.shape[3]
     last = lengths.long()[:, None] - 1
@@ -50,9 +50,9 @@ def attend_decode(
     if chunk is not None:
         low = torch.maximum(low, last // chunk * chunk)
     queries = q.float().unflatten(1, (keys.shape[1], -1)) * scale  # [R, K, G, D]
-    top = torch.full((*queries.shape[:3], 1), -torch.inf)
+    sums = torch.zeros_like(queries)
+    top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
     total = torch.zeros_like(top)
-    sums = torch.zeros(*queries.shape[:3], out.shape[2])
     for column in range(table.shape[1]):
         at = column * size + torch.arange(size)
         visible = (at >= low) & (at <= last)  # [R, B]
