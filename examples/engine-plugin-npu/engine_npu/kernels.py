@@ -1,7 +1,7 @@
 """Kernels, in the device's kernel language: on the device, lengths may be looked at and loops may depend on them.
 
-Shapes: N tokens, R rows of one query each, H query heads, K key/value heads, G = H / K, D head size, B tokens a block, W
-the width of the block table, T = D / 16 tiles.
+Shapes: N tokens, R rows of one query each, H query heads, K key/value heads, G = H / K, D head size, B tokens a block,
+W the width of the block table, T = D / 16 tiles.
 """
 
 from __future__ import annotations
