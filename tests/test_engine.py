@@ -25,17 +25,19 @@ GREEDY = SamplingParams(
 )
 
 
+OPTIONS: dict[str, Any] = {
+    "platform": "cpu",
+    "skip_tokenizer_init": True,
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 24,
+    "block_size": 4,
+    "num_blocks": 256,
+}
+
+
 def small(folder: Path, **options: Any) -> LLM:
-    defaults: dict[str, Any] = {
-        "platform": "cpu",
-        "skip_tokenizer_init": True,
-        "max_model_len": 96,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 24,
-        "block_size": 4,
-        "num_blocks": 256,
-    }
-    return LLM(str(folder), **{**defaults, **options})
+    return LLM(str(folder), **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
@@ -232,17 +234,6 @@ async def collect(llm: AsyncLLM, prompt: list[int], params: SamplingParams, requ
         last = output
     assert last is not None
     return last
-
-
-OPTIONS: dict[str, Any] = {
-    "platform": "cpu",
-    "skip_tokenizer_init": True,
-    "max_model_len": 96,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 24,
-    "block_size": 4,
-    "num_blocks": 256,
-}
 
 
 def test_async_requests_run_together_and_can_be_aborted(
