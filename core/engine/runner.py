@@ -83,31 +83,26 @@ class ModelRunner:
         assert args.max_num_seqs is not None
         assert args.max_num_batched_tokens is not None
         assert args.block_size is not None
-        layers = {n: x for n, x in self.model.attention_layers.items() if x.shares_kv_with is None}
-        backends = {name: layer.backend for name, layer in layers.items()}
-        self.kv_plan = plan_pool(backends, args.block_size, platform.capabilities().block_sizes)
+        declared = platform.capabilities()
+        layers = self.model.attention_layers.items()
+        backends = {name: layer.backend for name, layer in layers if layer.shares_kv_with is None}
+        self.kv_plan = plan_pool(backends, args.block_size, declared.block_sizes)
         num_blocks = args.num_blocks or self._affordable_blocks()
         max_len, self.min_blocks = _fit(self.kv_plan, num_blocks, args, self.model.max_model_len)
         self.scheduler_config = SchedulerConfig(
             args.max_num_seqs, args.max_num_batched_tokens, max_len, args.scheduling_policy
         )
         self.cache_config = CacheConfig(num_blocks, args.enable_prefix_caching)
-        layouts = {
-            g_name: backends[g_name].layout(g.spec.block_size) for g in self.kv_plan.groups for g_name in g.layers
-        }
-        self.pool = KVPool(self.kv_plan, layouts, device, num_blocks)
+        self.pool = KVPool(self.kv_plan, backends, device, num_blocks)
         self._plans = self._bind()
         self._staging = Staging(device)
         self._builder = BatchBuilder(args.max_num_seqs, max_len, self.kv_plan.groups, self._staging)
-        rows_at_once = (
-            64 if platform.capabilities().asynchronous else 2
-        )  # as much as a launch is worth, or a cache holds
+        rows_at_once = 64 if declared.asynchronous else 2  # as many as a launch is worth, or as a cache holds
         self.sampler = Sampler(
             self.model.vocab_size, args.max_num_seqs, device.torch_device, args.seed, rows_at_once=rows_at_once
         )
         self._last_sampled = torch.zeros(args.max_num_seqs, dtype=torch.int64, device=device.torch_device)
-        asynchronous = platform.capabilities().asynchronous
-        self.overlap = asynchronous if args.async_scheduling is None else args.async_scheduling
+        self.overlap = declared.asynchronous if args.async_scheduling is None else args.async_scheduling
         self.requests: dict[int, CoreRequest] = {}
 
     def _bind(self) -> list[tuple[int, AttentionBackend]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, OutOfMemoryError
-from engine.interfaces import AttentionBackend, Device, Domain, KVCache, KVLayout
+from engine.interfaces import AttentionBackend, Device, Domain, KVCache
 from engine.kv.spec import ChunkedSpec, FullSpec, KVCacheSpec, KVGroup, SlidingWindowSpec
 
 _ALIGN = 256
@@ -102,14 +102,11 @@ def _slices(counts: list[int]) -> int:
 class KVPool:
     """The buffer, and every layer's cache in it."""
 
-    def __init__(self, plan: KVPlan, layouts: Mapping[str, KVLayout], device: Device, num_pages: int) -> None:
-        self.plan = plan
-        self.num_pages = num_pages
+    def __init__(self, plan: KVPlan, backends: Mapping[str, AttentionBackend], device: Device, num_pages: int) -> None:
         self._buffer = _allocate(plan.page_bytes * num_pages, device)
         span = num_pages * plan.block_bytes
-        self.layouts = dict(layouts)
         self.caches: dict[str, KVCache] = {
-            name: layouts[name].bind(self._buffer[i * span : (i + 1) * span], num_pages)
+            name: backends[name].layout(group.spec.block_size).bind(self._buffer[i * span : (i + 1) * span], num_pages)
             for group in plan.groups
             for i, name in enumerate(group.layers)
         }
