@@ -72,8 +72,9 @@ class AttentionBatch:
     Tensors named ``*_host`` live in host memory and equal their device twins; a plan may read them without a
     synchronisation.
 
-    A captured graph pads: tokens from ``query_start[R]`` on belong to no request, and a request of length 0 has one
-    token among the decodes. Their slots lie in block 0; the former's output is not written, the latter's is not read.
+    Steps are padded so that a captured graph fits them: tokens from ``query_start[R]`` on belong to no request, and a
+    request of length 0 has one token or none. Their slots lie in block 0; the former's output is not written, the
+    latter's is not read.
 
     Attributes:
         query_start: int32 [R + 1] on the device; request r owns tokens ``query_start[r]:query_start[r + 1]``.
@@ -85,6 +86,10 @@ class AttentionBatch:
         num_decodes: leading requests with exactly one query token.
         max_query_len, max_seq_len: over the batch.
         block_size: B.
+        captured: the step is being captured. Device tensors keep their addresses, and have other contents at each
+            replay; `max_query_len` and `max_seq_len` are limits that hold for all replays, and the other host fields
+            describe the first step only, but for `num_decodes`, which holds for all when graphs are ``"uniform"``:
+            every request is a decode.
     """
 
     query_start: Tensor
@@ -97,6 +102,7 @@ class AttentionBatch:
     max_query_len: int
     max_seq_len: int
     block_size: int
+    captured: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +139,17 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> Plan:
-        """Prepare one step; called once a step, shared by all layers of the same group and specification."""
+        """Prepare one step; called once a step, shared by all layers of the same group and specification.
+
+        A platform that declares graphs is also asked for plans of captured batches, which serve every replay. Others
+        may assume that none comes.
+        """
+
+    def refresh(self, plan: Plan, batch: AttentionBatch) -> None:  # noqa: B027
+        """Bring what a captured batch's plan holds up to date, in place, before a replay for `batch`.
+
+        `batch` has the device tensors that the plan was made for, and host fields of its own.
+        """
 
     @abstractmethod
     def forward(
