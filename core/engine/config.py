@@ -50,6 +50,7 @@ class EngineArgs:
         scheduling_policy: ``"fcfs"``, or ``"priority"`` (lower numbers first).
         enable_prefix_caching: keep blocks of finished prompts for requests that begin alike.
         async_scheduling: schedule a step while the one before runs; None follows the platform.
+        enforce_eager: neither compile the model nor capture graphs, where the platform would.
         block_size: tokens in a KV block; None takes the platform's.
         kv_cache_dtype: ``"auto"`` is the model's dtype.
         gpu_memory_utilization: share of the device's memory that the engine may use, weights included.
@@ -74,6 +75,7 @@ class EngineArgs:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
+    enforce_eager: bool = False
     block_size: int | None = None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gpu_memory_utilization: float = 0.9

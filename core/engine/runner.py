@@ -7,6 +7,7 @@ The next step's inputs come from the device itself, so a step may be launched be
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, BatchBuilder, feed_sampled
+from engine.compile import compile_layers
 from engine.config import CacheConfig, EngineArgs, SchedulerConfig
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.graphs import StepGraphs
 from engine.info import EngineInfo
-from engine.interfaces import AttentionBackend, Event, Platform
+from engine.interfaces import AttentionBackend, Event, Plan, Platform
 from engine.kv.pool import KVPlan, KVPool, plan_pool
 from engine.logprobs import DeviceLogprobs
 from engine.model import config as model_config
@@ -85,6 +88,8 @@ class ModelRunner:
         assert args.block_size is not None
         declared = platform.capabilities()
         layers = self.model.attention_layers.items()
+        if not args.enforce_eager and (compiler := platform.compiler()) is not None:
+            compile_layers(self.model.model, self.model.attention_layers, compiler, lambda: self._dummy_step(2))
         backends = {name: layer.backend for name, layer in layers if layer.shares_kv_with is None}
         self.kv_plan = plan_pool(backends, args.block_size, declared.block_sizes)
         num_blocks = args.num_blocks or self._affordable_blocks()
@@ -96,7 +101,13 @@ class ModelRunner:
         self.pool = KVPool(self.kv_plan, backends, device, num_blocks)
         self._plans = self._bind()
         self._staging = Staging(device)
-        self._builder = BatchBuilder(args.max_num_seqs, max_len, self.kv_plan.groups, self._staging)
+        self._builder = BatchBuilder(
+            args.max_num_seqs, max_len, self.kv_plan.groups, self._staging, device.torch_device
+        )
+        runtime = None if args.enforce_eager or declared.graphs == "none" else platform.graphs()
+        self._graphs = runtime and StepGraphs(
+            runtime, declared.graphs == "full", args.max_num_seqs, max_len, self._builder, self._plans, self._forward
+        )
         rows_at_once = 64 if declared.asynchronous else 2  # as many as a launch is worth, or as a cache holds
         self.sampler = Sampler(
             self.model.vocab_size, args.max_num_seqs, device.torch_device, args.seed, rows_at_once=rows_at_once
@@ -124,7 +135,7 @@ class ModelRunner:
         else:
             memory = self.platform.memory()
             with memory.peak() as extra:
-                self._largest_step()
+                self._dummy_step(args.max_num_batched_tokens or 1)
             memory.release()
             budget = memory.kv_budget(args.gpu_memory_utilization) - extra[0]
         if budget < 2 * page:
@@ -135,15 +146,13 @@ class ModelRunner:
         return budget // page
 
     @torch.inference_mode()
-    def _largest_step(self) -> None:
-        """Run the model on as many tokens as a step may have, to see what it needs; no cache exists yet."""
-        tokens, rows = self.args.max_num_batched_tokens, self.args.max_num_seqs
-        assert tokens is not None
-        assert rows is not None
+    def _dummy_step(self, num_tokens: int) -> None:
+        """Run the model on so many tokens, without a cache, as sampling from all rows would see it."""
+        assert self.args.max_num_seqs is not None
         device = self._device.torch_device
-        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
-        positions = torch.arange(tokens, device=device) % (self.model.max_model_len or tokens)
-        logits = self.model.forward(ids, positions, ids[: min(rows, tokens)])
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        positions = torch.arange(num_tokens, device=device) % (self.model.max_model_len or num_tokens)
+        logits = self.model.forward(ids, positions, ids[: min(self.args.max_num_seqs, num_tokens)])
         logits.float().softmax(-1).cumsum(-1)  # what sampling holds at once, about
         self._device.synchronize()
 
@@ -156,25 +165,32 @@ class ModelRunner:
         for new in step.new_rows:
             self.sampler.admit(new.row, new.request, new.token_ids)
             self.requests[new.row] = new.request
+        shape = self._graphs.shape(step) if self._graphs else None
         self._builder.apply(step)
-        self._staging.begin(self._builder.nbytes(step) + self.sampler.nbytes(len(step.work)))
-        batch = self._builder.build(step)
+        self._staging.begin(self._builder.nbytes(step, shape) + self.sampler.nbytes(len(step.work)))
+        batch = self._builder.build(step, shape)
+        self._builder.stage_tables()
         sampled_work = [batch.work[i] for i in batch.sampled]
         plan = self.sampler.plan(
             [w.row for w in sampled_work], [w.start + w.num_tokens for w in sampled_work], self._staging
         )
         self._staging.upload()
-
-        ids = batch.input_ids.device
-        if batch.feed is not None:
-            feed_sampled(ids, batch.feed.device, self._last_sampled)
-        groups = self.kv_plan.groups
-        self.model.context.set_plans([b.plan(batch.attention(g, groups[g].spec.block_size)) for g, b in self._plans])
-        logits = self.model.forward(ids, batch.positions.device, batch.logits_index.device)
+        self._builder.update_tables()
+        if shape and self._graphs:
+            logits = self._graphs.run(shape, batch)
+        else:
+            groups = self._builder.attention(batch)
+            logits = self._forward(batch, [backend.plan(groups[group]) for group, backend in self._plans])
         sampled = self.sampler.sample(logits[: len(batch.sampled)], plan)
         self._last_sampled.index_copy_(0, batch.sampled_rows.device, sampled.token_ids)
         prompt = self._prompt_logprobs(batch, logits[len(batch.sampled) :])
         return self._send(batch, sampled, prompt)
+
+    def _forward(self, batch: Batch, plans: Sequence[Plan]) -> Tensor:
+        """Logits [S + P, V] of a batch that has been uploaded."""
+        self.model.context.set_plans(plans)
+        ids = feed_sampled(batch.input_ids.device, batch.feed.device, self._last_sampled)
+        return self.model.forward(ids, batch.positions.device, batch.logits_index.device)
 
     def _prompt_logprobs(self, batch: Batch, logits: Tensor) -> dict[int, DeviceLogprobs]:
         """Of each work that wants them, by its index in the batch."""

@@ -148,7 +148,7 @@ class AttentionBackend(ABC):
     def refresh(self, plan: Plan, batch: AttentionBatch) -> None:  # noqa: B027
         """Bring what a captured batch's plan holds up to date, in place, before a replay for `batch`.
 
-        `batch` has the device tensors that the plan was made for, and host fields of its own.
+        `batch` has the device tensors that the plan was made for, already filled, and host fields of its own.
         """
 
     @abstractmethod
