@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from engine_sdk import (
-    CompilerOptions,
     DeviceInfo,
     ExpertsMethod,
     ExpertsSpec,
@@ -16,11 +15,11 @@ from engine_sdk import (
     GroupedExperts,
     Probe,
     TorchGraphs,
-    TorchPlatform,
 )
+from engine_sdk.triton.platform import TritonPlatform
 
 
-class CudaPlatform(TorchPlatform):
+class CudaPlatform(TritonPlatform):
     """One NVIDIA GPU."""
 
     name = "cuda"
@@ -47,12 +46,6 @@ class CudaPlatform(TorchPlatform):
             )
         return Probe(True, devices=tuple(DeviceInfo(i, f"NVIDIA GPU {i}") for i in range(count)))
 
-    def __init__(self, device_index: int = 0) -> None:
-        super().__init__(device_index)
-        # It would build a plan for every new length, and a decode has a new one at every step: on an H200 the first
-        # 32 requests of a 0.6B model took 12.3 s with it and 2.8 s without, later ones 3.5 to 4.0 s and 2.8 s.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-
     def experts(self, spec: ExpertsSpec) -> ExpertsMethod:
         """Grouped products where torch has kernels for them: bf16 from compute capability 8.0 on."""
         if spec.dtype is torch.bfloat16 and torch.cuda.get_device_capability(self.device_index) >= (8, 0):
@@ -62,10 +55,6 @@ class CudaPlatform(TorchPlatform):
     def graphs(self) -> GraphRuntime | None:
         """CUDA graphs."""
         return super().graphs() or CudaGraphs(self.device())
-
-    def compiler(self) -> CompilerOptions | None:
-        """Torch's own compiler, whose kernels are Triton's."""
-        return CompilerOptions()
 
 
 class CudaGraphs(TorchGraphs):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from engine_sdk import CompilerOptions, DeviceInfo, Probe, TorchPlatform
+from engine_sdk import DeviceInfo, Probe
+from engine_sdk.triton.platform import TritonPlatform
 
 _TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
-class RocmPlatform(TorchPlatform):
+class RocmPlatform(TritonPlatform):
     """One AMD GPU. Torch's ROCm builds call their device ``cuda``, and their collectives ``nccl``."""
 
     name = "rocm"
@@ -42,10 +43,6 @@ class RocmPlatform(TorchPlatform):
         if len(names) != count:  # some are hidden, and which is not known here
             names = [f"AMD GPU {i}" for i in range(count)]
         return Probe(True, devices=tuple(DeviceInfo(i, name) for i, name in enumerate(names)))
-
-    def compiler(self) -> CompilerOptions | None:
-        """Torch's own compiler, whose kernels are Triton's."""
-        return CompilerOptions()
 
 
 def architectures(topology: Path = _TOPOLOGY) -> Iterator[str]:

@@ -1,0 +1,277 @@
+"""Paged attention in Triton, for any device that Triton has a backend for.
+
+The step's keys and values are written first. Then there are up to two launches of one kernel: requests whose tokens fit
+in one tile (decodes, short drafts), with their keys split over programs; and tiles of the others. All lengths are read
+on the device, so a plan holds no more than grids, constants and a workspace, and one of a captured step serves every
+replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.errors import UnsupportedCapability
+from engine.interfaces import (
+    ATTENTION_FEATURES,
+    AttentionBackend,
+    AttentionBatch,
+    AttentionSpec,
+    Capabilities,
+    Domain,
+    KVCache,
+    KVLayout,
+    Plan,
+    Verdict,
+)
+from engine_sdk.layout import BlockLayout
+from engine_sdk.triton.attention_kernels import attend
+from engine_sdk.triton.kv_cache import TritonTokenMajor, write_tokens
+from engine_sdk.triton.tuning import AttentionTuning, Tile, attention_tuning, device_properties
+
+HEAD_DIMS = Domain.multiples(8, high=576)
+"""Head sizes that the kernel takes."""
+
+KV_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn))
+"""Dtypes of the cache that the kernel takes, where the device has them."""
+
+_MOST_SPLITS = 128
+_MERGED = 8192  # elements that a program merges at once
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch: what does not change from layer to layer.
+
+    Attributes:
+        grid: (head tiles, tiles or requests, splits).
+        inputs: the kernel's arguments from `table` to `table_row`.
+        constants: its constants, warps and stages.
+    """
+
+    grid: tuple[int, int, int]
+    inputs: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    slots: Tensor
+    launches: list[_Launch]
+
+
+class TritonAttention(AttentionBackend):
+    """Paged attention in Triton: every feature of the contract, captured steps of any kind included.
+
+    Numerics are of class A: scores and sums in fp32, probabilities rounded to the activation's dtype. Masked positions
+    may hold NaN. The same call gives the same bits; a request's bits depend on how many requests share its step, since
+    that decides how its keys are split.
+
+    Plans of one backend share a workspace: steps run one after another. It is made while planning, outside a capture.
+
+    Args:
+        spec: what to compute.
+        layout: how blocks are stored.
+        declared: the platform's capabilities, so that what it did not declare is refused here too.
+        tuning: how the kernels are cut; None looks the device up.
+    """
+
+    features = ATTENTION_FEATURES
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        layout: type[BlockLayout] = TritonTokenMajor,
+        declared: Capabilities | None = None,
+        tuning: AttentionTuning | None = None,
+    ) -> None:
+        super().__init__(spec)
+        self._layout = layout
+        self._declared = declared or Capabilities(attention=self.features)
+        self._tuning = tuning
+        self._workspace = _Workspace()
+
+    @classmethod
+    def supports(cls, spec: AttentionSpec) -> Verdict:
+        """Everything, but a window or a chunk around queries that see the future, which the contract leaves open."""
+        if not spec.causal and (spec.window is not None or spec.chunk is not None):
+            return Verdict.no("a window or chunk without a causal mask is not defined; drop one of them")
+        return super().supports(spec)
+
+    def layout(self, block_size: int) -> KVLayout:
+        """Blocks of `block_size` tokens; binds to a `PagedCache`."""
+        if block_size not in self._declared.block_sizes:
+            raise UnsupportedCapability("block_sizes", block_size, f"declared: {self._declared.block_sizes}")
+        spec = self.spec
+        return self._layout(block_size, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, spec.kv_dtype)
+
+    # Planning: once a step.
+
+    def plan(self, batch: AttentionBatch) -> Plan:
+        """Choose grids. Host fields but the limits are not used where the step is captured."""
+        tuning = self._tuning or self._look_up(batch.slots.device)
+        short = self._tokens_of(tuning.decode)
+        if batch.captured:
+            num_short = batch.num_requests
+            most = batch.max_query_len
+            # Each tile is full, or the last one of a request with more than `short` tokens.
+            step = self._tokens_of(tuning.prefill)
+            num_tiles = 0 if most <= short else batch.num_tokens // step + batch.num_tokens // (short + 1)
+            num_tiles = min(num_tiles, batch.num_requests * -(-most // step))
+        else:
+            lengths = batch.query_start_host.diff()
+            fits = (lengths <= short).nonzero()
+            num_short = int(fits[-1]) + 1 if len(fits) else 0
+            rest = lengths[lengths > short]
+            num_tiles = int((-(-rest // self._tokens_of(tuning.prefill))).sum())
+        launches = []
+        if num_short:
+            launches.append(self._launch(batch, tuning, tuning.decode, num_short, None))
+        if num_tiles:
+            launches.append(self._launch(batch, tuning, tuning.prefill, num_tiles, short))
+        return _Plan(batch.slots, launches)
+
+    def _look_up(self, device: torch.device) -> AttentionTuning:
+        spec = self.spec
+        self._tuning = attention_tuning(
+            device_properties(device),
+            spec.num_heads // spec.num_kv_heads,
+            spec.head_dim,
+            spec.v_head_dim,
+            spec.dtype.itemsize,
+            spec.kv_dtype.itemsize,
+        )
+        return self._tuning
+
+    def _tokens_of(self, tile: Tile) -> int:
+        """Query tokens of a tile."""
+        group = self.spec.num_heads // self.spec.num_kv_heads
+        return tile.block_m // min(group, tile.block_m)
+
+    def _launch(
+        self, batch: AttentionBatch, tuning: AttentionTuning, tile: Tile, items: int, longer: int | None
+    ) -> _Launch:
+        spec = self.spec
+        device = batch.slots.device
+        group = spec.num_heads // spec.num_kv_heads
+        heads = min(group, tile.block_m)
+        head_tiles = spec.num_kv_heads * -(-group // heads)
+        d1 = 1 << (spec.head_dim.bit_length() - 1)
+        rest = spec.head_dim - d1 if d1 >= 16 else 0
+        e = max(16, triton.next_power_of_2(spec.v_head_dim))
+
+        # As many programs as keep the device busy, each with keys enough to be worth it.
+        wanted = device_properties(device).num_cores * tuning.programs_per_core
+        reach = batch.max_seq_len
+        if longer is None and spec.causal:
+            reach = min(reach, *(x + batch.max_query_len for x in (spec.window, spec.chunk) if x is not None), reach)
+        splits = min(wanted // (items * head_tiles), -(-reach // tuning.least_keys), _MOST_SPLITS)
+        splits = max(1, splits)
+        part = part_lse = arrived = None
+        if splits > 1:
+            part, part_lse, arrived = self._workspace.take(items * head_tiles, splits * tile.block_m, e, device)
+        merge_step = heads if longer is None else tile.block_m
+        merge_rows = triton.next_power_of_2(merge_step)
+        return _Launch(
+            (head_tiles, items, splits),
+            (
+                batch.block_table,
+                batch.seq_lens,
+                batch.query_start,
+                part,
+                part_lse,
+                arrived,
+                batch.num_requests,
+                -(-tuning.least_keys // tile.block_n),
+                batch.block_table.stride(0),
+            ),
+            {
+                "SCALE": spec.scale,
+                "SOFTCAP": spec.softcap,
+                "WINDOW": spec.window,
+                "CHUNK": spec.chunk,
+                "CAUSAL": spec.causal,
+                "GROUP": group,
+                "HEAD_DIM": spec.head_dim,
+                "V_HEAD_DIM": spec.v_head_dim,
+                "BLOCK_SIZE": batch.block_size,
+                "D1": max(16, d1),
+                "D2": max(16, triton.next_power_of_2(rest)) if rest else 0,
+                "E": e,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "LONGER": longer,
+                "SPLIT": splits > 1,
+                "MERGE_STEP": merge_step,
+                "MERGE_ROWS": merge_rows,
+                "MERGE_DEPTH": max(1, min(16, _MERGED // (merge_rows * e))),
+                "UPCAST": triton.knobs.runtime.interpret,
+                "num_warps": tile.num_warps,
+                "num_stages": tile.num_stages,
+            },
+        )
+
+    # Computing: once a layer.
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cache: KVCache,
+        plan: Plan,
+        out: Tensor,
+        *,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> None:
+        """See `AttentionBackend.forward`."""
+        if lse is not None and "lse" not in self._declared.attention:
+            raise UnsupportedCapability("lse", True, f"declared: {sorted(self._declared.attention)}")
+        if k is not None and v is not None:
+            write_tokens(k, v, cache, plan.slots)
+        strides = (
+            *q.stride()[:2],
+            *out.stride()[:2],
+            *((0, 0) if lse is None else lse.stride()),
+            *cache.keys.stride()[:3],
+            *cache.values.stride()[:3],
+        )
+        for launch in plan.launches:
+            attend[launch.grid](
+                q,
+                cache.keys,
+                cache.values,
+                out,
+                lse,
+                sinks,
+                alibi_slopes,
+                *launch.inputs,
+                *strides,
+                **launch.constants,
+            )
+
+
+class _Workspace:
+    """Where split keys leave their parts. It grows, and plans keep what they were made with."""
+
+    def __init__(self) -> None:
+        self._parts: Tensor | None = None
+        self._arrived: Tensor | None = None
+
+    def take(self, places: int, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """For `places` times `rows` query rows: float32 [places * rows, width] and [places * rows], garbage; and
+        counters, int32 [places], which are zero and are left so.
+        """
+        numel = places * rows * (width + 1)
+        if self._parts is None or self._parts.numel() < numel:
+            self._parts = torch.empty(numel, dtype=torch.float32, device=device)
+        if self._arrived is None or self._arrived.numel() < places:
+            self._arrived = torch.zeros(places, dtype=torch.int32, device=device)
+        return self._parts, self._parts[places * rows * width :], self._arrived

@@ -1,0 +1,41 @@
+"""A platform whose kernels are Triton's: for any device that has a Triton backend. Triton is imported on first use."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from engine.interfaces import AttentionBackend, AttentionSpec, Capabilities, CompilerOptions
+from engine_sdk.platform import TorchPlatform, require_attention
+
+
+class TritonPlatform(TorchPlatform):
+    """`TorchPlatform` with Triton's kernels and torch's compiler; a subclass says its names, as there.
+
+    Everything that it does can be taken apart: each kernel has a class or function of its own in `engine_sdk.triton`.
+    """
+
+    def capabilities(self) -> Capabilities:
+        """What the kernels can do: every feature, in steps of any kind that may be captured."""
+        return self._triton_capabilities
+
+    @functools.cached_property
+    def _triton_capabilities(self) -> Capabilities:
+        from engine_sdk.triton.attention import HEAD_DIMS
+
+        return dataclasses.replace(super().capabilities(), head_dims=HEAD_DIMS, graphs="full")
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        """A `TritonAttention`."""
+        from engine_sdk.triton.attention import TritonAttention
+
+        declared = self.capabilities()
+        require_attention(declared, spec)
+        return TritonAttention(spec, declared=declared)
+
+    def compiler(self) -> CompilerOptions | None:
+        """Torch's own compiler, whose kernels are Triton's.
+
+        With its tuning of tiles, the products of a single token become reductions that fuse with what is around them.
+        """
+        return CompilerOptions(options={"coordinate_descent_tuning": True})

@@ -1,0 +1,117 @@
+"""How kernels are cut for a device: data, looked up by what the device is made of and never by who made it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime import driver
+
+_TABLE = Path(__file__).with_name("attention.json")
+
+
+@dataclass(frozen=True)
+class DeviceProperties:
+    """What a kernel is cut for.
+
+    Attributes:
+        num_cores: multiprocessors, compute units.
+        shared_bytes: of a core's fast memory that one program may have.
+        warp_size: lanes that run together.
+    """
+
+    num_cores: int
+    shared_bytes: int
+    warp_size: int
+
+
+@functools.cache
+def device_properties(device: torch.device) -> DeviceProperties:
+    """Of a device, as Triton's driver says; under its interpreter a small device."""
+    if triton.knobs.runtime.interpret:
+        return DeviceProperties(num_cores=4, shared_bytes=64 << 10, warp_size=32)
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    found = driver.active.utils.get_device_properties(index)
+    warp_size = driver.active.get_current_target().warp_size
+    return DeviceProperties(found["multiprocessor_count"], found["max_shared_mem"], warp_size)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut: query rows and keys of a tile, warps of a program, iterations in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionTuning:
+    """How attention is cut.
+
+    Attributes:
+        decode: tile of requests with few tokens.
+        prefill: tile of others.
+        programs_per_core: programs that keep a core busy; keys are split until there are as many.
+        least_keys: that are worth a program of their own.
+    """
+
+    decode: Tile
+    prefill: Tile
+    programs_per_core: int = 4
+    least_keys: int = 128
+
+
+def attention_tuning(
+    device: DeviceProperties, group: int, head_dim: int, v_head_dim: int, itemsize: int, kv_itemsize: int
+) -> AttentionTuning:
+    """The table's row for a device and a shape, or else what fits into the device's shared memory.
+
+    Args:
+        device: what to cut for.
+        group: query heads of a key/value head.
+        head_dim, v_head_dim: D and E.
+        itemsize, kv_itemsize: bytes of an activation and of a cached value.
+    """
+    default = _default(device, group, head_dim, v_head_dim, itemsize, kv_itemsize)
+    for row in _table():
+        if row["device"] == {"shared_bytes": device.shared_bytes, "warp_size": device.warp_size} and row["shape"] == [
+            max(head_dim, v_head_dim),
+            itemsize,
+            kv_itemsize,
+        ]:
+            decode = Tile(max(default.decode.block_m, row["decode"][0]), *row["decode"][1:])
+            return AttentionTuning(
+                decode, Tile(*row["prefill"]), row["programs_per_core"], row["least_keys"]
+            )
+    return default
+
+
+@functools.cache
+def _table() -> list[dict[str, object]]:
+    return json.loads(_TABLE.read_text())
+
+
+def _default(
+    device: DeviceProperties, group: int, head_dim: int, v_head_dim: int, itemsize: int, kv_itemsize: int
+) -> AttentionTuning:
+    width = triton.next_power_of_2(head_dim) + triton.next_power_of_2(v_head_dim)
+    wide = itemsize > 2 or width > 512
+    heads = min(max(16, triton.next_power_of_2(group)), 16 if itemsize > 2 else 64)
+
+    def fit(block_m: int, block_n: int, num_warps: int) -> Tile:
+        # Keys and values of each iteration in flight, and the queries, lie in shared memory.
+        room = device.shared_bytes - block_m * width * itemsize // 2
+        while block_n > 16 and 2 * block_n * width * max(kv_itemsize, 2) > room:
+            block_n //= 2
+        stages = max(1, min(3, room // (block_n * width * max(kv_itemsize, 2))))
+        return Tile(block_m, block_n, num_warps, stages)
+
+    decode = fit(heads, 64, 4 if width <= 512 else 8)
+    rows = 32 if itemsize > 2 else 64 if wide else 128
+    return AttentionTuning(decode, fit(rows, 32 if wide else 64, 4 if rows <= 64 and not wide else 8))
