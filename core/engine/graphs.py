@@ -16,16 +16,17 @@ from torch import Tensor
 
 from engine.batch import Batch, BatchBuilder, StepShape
 from engine.interfaces import AttentionBackend, AttentionBatch, Graph, GraphRuntime, Plan
+from engine.staging import Staging
 from engine.step import Step
 
-_MOST_MIXED_TOKENS = 512  # beyond, the device has enough to do while the host launches the next layer
+_MOST_MIXED_TOKENS = 2048  # beyond, the device has enough to do while the host launches the next layer
 _SHORTEST = 1024  # tokens of the smallest limit of sequences; the next ones are four times as long
 
 
 @dataclass
 class _Captured:
     graph: Graph
-    batch: Batch
+    moved: int  # of the staging at the capture
     groups: list[AttentionBatch]
     plans: list[Plan]
 
@@ -37,7 +38,7 @@ class StepGraphs:
         runtime: the platform's.
         mixed: capture steps with prefills too, not only decodes.
         max_num_seqs, max_model_len: limits of a step.
-        builder: makes the batches.
+        staging, builder: make the batches.
         backends: (group, backend) of each plan that the model needs.
         forward: runs the model on a batch with its plans; gives logits [R, V].
     """
@@ -48,11 +49,13 @@ class StepGraphs:
         mixed: bool,
         max_num_seqs: int,
         max_model_len: int,
+        staging: Staging,
         builder: BatchBuilder,
         backends: Sequence[tuple[int, AttentionBackend]],
         forward: Callable[[Batch, Sequence[Plan]], Tensor],
     ) -> None:
-        self._runtime, self._builder, self._backends, self._forward = runtime, builder, backends, forward
+        self._runtime, self._staging, self._builder = runtime, staging, builder
+        self._backends, self._forward = backends, forward
         self._mixed, self._max_num_seqs, self._max_model_len = mixed, max_num_seqs, max_model_len
         self._captured: dict[StepShape, _Captured] = {}
         self._logits: Tensor | None = None
@@ -74,7 +77,7 @@ class StepGraphs:
     def run(self, shape: StepShape, batch: Batch) -> Tensor:
         """The logits [R, V] of a batch that was padded to `shape`, good until the next call."""
         known = self._captured.get(shape)
-        if known is None or known.batch.input_ids.device.data_ptr() != batch.input_ids.device.data_ptr():
+        if known is None or known.moved != self._staging.moved:
             self._capture(shape, batch)
         else:
             self._builder.select_tables(batch, known.groups)
@@ -98,7 +101,7 @@ class StepGraphs:
             self._logits[: len(logits)].copy_(logits)
 
         launch()
-        self._captured[shape] = _Captured(self._runtime.capture(launch), batch, groups, plans)
+        self._captured[shape] = _Captured(self._runtime.capture(launch), self._staging.moved, groups, plans)
 
 
 def _round_up(count: int) -> int:

@@ -25,49 +25,78 @@ _DTYPES = {
 
 
 class Staged:
-    """One array of the step. `host` is readable at once; `device` holds the data after `Staging.upload`."""
+    """One array of the step: views of the buffers that `Staging` filled, made when they are asked for."""
 
-    __slots__ = ("device", "host")
+    __slots__ = ("_begin", "_buffers", "_device", "array")
 
-    def __init__(self, host: Tensor, device: Tensor) -> None:
-        self.host = host
-        self.device = device
+    def __init__(self, buffers: _Buffers, begin: int, array: np.ndarray[Any, Any]) -> None:
+        self._buffers, self._begin = buffers, begin
+        self.array = array
+        self._device: Tensor | None = None
+
+    @property
+    def host(self) -> Tensor:
+        """In host memory, readable at once; `array` is the same for numpy."""
+        return torch.from_numpy(self.array)
+
+    @property
+    def device(self) -> Tensor:
+        """On the device, with the data once `Staging.upload` is done."""
+        if self._device is None:
+            array, target = self.array, self._buffers.targets[self.array.dtype]
+            begin = self._begin // array.itemsize
+            self._device = target[begin : begin + array.size]
+            if array.ndim != 1:
+                self._device = self._device.view(array.shape)
+        return self._device
+
+
+class _Buffers:
+    """The memory of one size; steps that were staged before it grew keep the old one."""
+
+    def __init__(self, device: Device, capacity: int) -> None:
+        self.hosts = [device.host_buffer((capacity,), torch.uint8) for _ in range(2)]
+        self.arrays = [host.numpy() for host in self.hosts]
+        self.target = torch.empty(capacity, dtype=torch.uint8, device=device.torch_device)
+        self.targets = {dtype: self.target.view(kind) for dtype, kind in _DTYPES.items()}
 
 
 class Staging:
-    """Collects arrays with `add`, then copies them all with one `upload`; `begin` starts the next step."""
+    """Collects arrays with `add`, then copies them all with one `upload`; `begin` starts the next step.
+
+    Attributes:
+        moved: how often the device's buffer has been replaced by a larger one at another address.
+    """
 
     def __init__(self, device: Device, capacity: int = 1 << 20) -> None:
+        self.moved = 0
         self._device = device
-        self._hosts: list[Tensor] = []
         self._copied = [device.event(), device.event()]
         self._turn = 0
         self._used = 0
-        self._grow(capacity)
-
-    def _grow(self, capacity: int) -> None:
-        self._device.synchronize()
-        self._hosts = [self._device.host_buffer((capacity,), torch.uint8) for _ in range(2)]
-        self._target = torch.empty(capacity, dtype=torch.uint8, device=self._device.torch_device)
+        self._buffers = _Buffers(device, -(-capacity // _ALIGN) * _ALIGN)
 
     def begin(self, nbytes: int) -> None:
         """Start a step that needs at most `nbytes`, alignment apart; waits only if the device is two steps behind."""
         self._turn ^= 1
         self._used = 0
-        if nbytes + 64 * _ALIGN > self._target.numel():
-            self._grow(2 * (nbytes + 64 * _ALIGN))
+        needed = (-(-nbytes // _ALIGN) + 64) * _ALIGN
+        if needed > self._buffers.target.numel():
+            self._device.synchronize()
+            self._buffers = _Buffers(self._device, 2 * needed)
+            self.moved += 1
         self._copied[self._turn].synchronize()
 
     def add(self, array: np.ndarray[Any, Any]) -> Staged:
         """Stage a copy of `array` (int32, int64, float32 or bool)."""
-        dtype = _DTYPES[array.dtype]
         begin, end = self._used, self._used + array.nbytes
         self._used = -(-end // _ALIGN) * _ALIGN
-        host = self._hosts[self._turn][begin:end].view(dtype).view(array.shape)
-        host.numpy()[...] = array
-        return Staged(host, self._target[begin:end].view(dtype).view(array.shape))
+        host = self._buffers.arrays[self._turn][begin:end].view(array.dtype).reshape(array.shape)
+        host[...] = array
+        return Staged(self._buffers, begin, host)
 
     def upload(self) -> None:
         """Copy everything staged since `begin` to the device, without waiting."""
-        self._target[: self._used].copy_(self._hosts[self._turn][: self._used], non_blocking=True)
+        buffers, used = self._buffers, self._used
+        buffers.target[:used].copy_(buffers.hosts[self._turn][:used], non_blocking=True)
         self._copied[self._turn].record()
