@@ -192,7 +192,7 @@ def test_compiled_layers_are_shared(
     with caplog.at_level(logging.WARNING):
         assert compiled(tmp_path, monkeypatch, backend) == plain
     assert "uncompiled" not in caplog.text
-    assert 1 <= len(graphs) <= 4, f"{len(graphs)} variants"
+    assert 1 <= len(graphs) <= 8, f"{len(graphs)} variants"  # one token or many; layers and activations of experts
 
 
 def test_what_does_not_compile_runs_eagerly(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +30,18 @@ def compile_layers(
     layers = {id(layer): layer for name in attention if (layer := _layer(model, name)) is not None}.values()
     try:
         for layer in layers:
-            layer.compile(backend=options.backend, options=dict(options.options) or None, fullgraph=True, dynamic=True)
+            layer.compile(**arguments(options), fullgraph=True)
         run()
     except torch._dynamo.exc.TorchDynamoException as error:
         for layer in layers:
             layer._compiled_call_impl = None
         reason = str(error).strip().splitlines()[0]
         log.warning("%s runs uncompiled, and slower: %s", type(model).__name__, reason)
+
+
+def arguments(options: CompilerOptions) -> dict[str, Any]:
+    """What `torch.compile` is called with, for any number of tokens."""
+    return {"backend": options.backend, "options": dict(options.options) or None, "dynamic": True}
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module | None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, BatchBuilder, StepShape
+from engine.config import SchedulerConfig
 from engine.interfaces import AttentionBackend, AttentionBatch, Graph, GraphRuntime, Plan
 from engine.staging import Staging
 from engine.step import Step
 
-_MOST_MIXED_TOKENS = 2048  # beyond, the device has enough to do while the host launches the next layer
+_MOST_MIXED_TOKENS = 2048  # beyond, only full steps are captured, which all have one size
 _SHORTEST = 1024  # tokens of the smallest limit of sequences; the next ones are four times as long
 
 
@@ -37,7 +38,7 @@ class StepGraphs:
     Args:
         runtime: the platform's.
         mixed: capture steps with prefills too, not only decodes.
-        max_num_seqs, max_model_len: limits of a step.
+        config: the limits of a step.
         staging, builder: make the batches.
         backends: (group, backend) of each plan that the model needs.
         forward: runs the model on a batch with its plans; gives logits [R, V].
@@ -47,8 +48,7 @@ class StepGraphs:
         self,
         runtime: GraphRuntime,
         mixed: bool,
-        max_num_seqs: int,
-        max_model_len: int,
+        config: SchedulerConfig,
         staging: Staging,
         builder: BatchBuilder,
         backends: Sequence[tuple[int, AttentionBackend]],
@@ -56,21 +56,22 @@ class StepGraphs:
     ) -> None:
         self._runtime, self._staging, self._builder = runtime, staging, builder
         self._backends, self._forward = backends, forward
-        self._mixed, self._max_num_seqs, self._max_model_len = mixed, max_num_seqs, max_model_len
+        self._mixed, self._max_tokens = mixed, config.max_num_batched_tokens
+        self._max_num_seqs, self._max_model_len = config.max_num_seqs, config.max_model_len
         self._captured: dict[StepShape, _Captured] = {}
         self._logits: Tensor | None = None
 
     def shape(self, step: Step) -> StepShape | None:
         """What to pad a step to; None for one that is not worth a graph, or wants logits of its prompts."""
         count, uniform = step.num_tokens, step.num_tokens == len(step.work)
-        if not uniform and (not self._mixed or count > _MOST_MIXED_TOKENS):
+        if not uniform and not (self._mixed and (count <= _MOST_MIXED_TOKENS or count == self._max_tokens)):
             return None
         if any(work.num_prompt_logits for work in step.work):
             return None
         longest, limit = max(work.start + work.num_tokens for work in step.work), _SHORTEST
         while limit < longest:
             limit *= 4
-        tokens = _round_up(count if uniform else max(count, 16))
+        tokens = count if count == self._max_tokens else _round_up(count if uniform else max(count, 16))
         requests = tokens if uniform else min(tokens, self._max_num_seqs)
         return StepShape(tokens, requests, min(limit, self._max_model_len), uniform)
 

@@ -115,7 +115,7 @@ def load_model(args: EngineArgs, platform: Platform, *, progress: bool = False) 
     if seen is None:
         seen = probe.observe(model, adapted.run, device.torch_device)
         adapted.attach(seen, platform, kv_dtype)
-    experts.attach(seen, platform)
+    experts.attach(seen, platform, None if args.enforce_eager else platform.compiler())
     use(model, attention.IMPLEMENTATION)
     _check_tokens_apart(adapted, device.torch_device)
     return adapted

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from engine.interfaces import ExpertsSpec, ExpertWeights, Platform
+from engine.compile import arguments
+from engine.interfaces import CompilerOptions, ExpertsSpec, ExpertWeights, Platform
 from engine.model.attention import IMPLEMENTATION
 from engine.model.probe import Observations
 
@@ -42,20 +43,24 @@ def engine_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 ExpertsInterface.register(IMPLEMENTATION, engine_experts)
 
 
-def attach(seen: Observations, platform: Platform) -> None:
+def attach(seen: Observations, platform: Platform, compiler: CompilerOptions | None) -> None:
     """Make the layers of experts that a probe saw, whose weights are loaded by now, call the platform's method.
 
-    Layers with a norm after each expert keep Transformers' own function: the contract cannot express them.
+    The activation between its products is compiled where there is a compiler. Layers with a norm after each expert keep
+    Transformers' own function: the contract cannot express them.
     """
     module: Any
     for module, top_k in seen.experts.items():
         if getattr(module, "has_post_expert_norm", False):
             continue
         up = "gate_up_proj" if module.has_gate else "up_proj"
+        activate = module._apply_gate if module.has_gate else module.act_fn
+        if compiler is not None:
+            activate = torch.compile(activate, **arguments(compiler))
         weights = ExpertWeights(
             up=getattr(module, up).data,
             down=module.down_proj.data,
-            activate=module._apply_gate if module.has_gate else module.act_fn,
+            activate=activate,
             up_bias=getattr(module, f"{up}_bias").data if module.has_bias else None,
             down_bias=module.down_proj_bias.data if module.has_bias else None,
         )

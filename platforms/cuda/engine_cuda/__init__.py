@@ -9,10 +9,7 @@ import torch
 
 from engine_sdk import (
     DeviceInfo,
-    ExpertsMethod,
-    ExpertsSpec,
     GraphRuntime,
-    GroupedExperts,
     Probe,
     TorchGraphs,
 )
@@ -45,12 +42,6 @@ class CudaPlatform(TritonPlatform):
                 "check that nvidia-smi lists one and, in a container, that it was started with --gpus all",
             )
         return Probe(True, devices=tuple(DeviceInfo(i, f"NVIDIA GPU {i}") for i in range(count)))
-
-    def experts(self, spec: ExpertsSpec) -> ExpertsMethod:
-        """Grouped products where torch has kernels for them: bf16 from compute capability 8.0 on."""
-        if spec.dtype is torch.bfloat16 and torch.cuda.get_device_capability(self.device_index) >= (8, 0):
-            return GroupedExperts(spec)
-        return super().experts(spec)
 
     def graphs(self) -> GraphRuntime | None:
         """CUDA graphs."""

@@ -31,7 +31,13 @@ from engine.interfaces import (
 from engine_sdk.layout import BlockLayout
 from engine_sdk.triton.attention_kernels import attend
 from engine_sdk.triton.kv_cache import TritonTokenMajor, write_tokens
-from engine_sdk.triton.tuning import AttentionTuning, Tile, attention_tuning, device_properties
+from engine_sdk.triton.tuning import (
+    AttentionTuning,
+    DeviceProperties,
+    Tile,
+    attention_tuning,
+    device_properties,
+)
 
 HEAD_DIMS = Domain.multiples(8, high=576)
 """Head sizes that the kernel takes."""
@@ -77,7 +83,8 @@ class TritonAttention(AttentionBackend):
         spec: what to compute.
         layout: how blocks are stored.
         declared: the platform's capabilities, so that what it did not declare is refused here too.
-        tuning: how the kernels are cut; None looks the device up.
+        device: what the kernels are cut for; None asks Triton's driver when the first step is planned.
+        tuning: how they are cut; None looks it up for the device.
     """
 
     features = ATTENTION_FEATURES
@@ -88,11 +95,13 @@ class TritonAttention(AttentionBackend):
         *,
         layout: type[BlockLayout] = TritonTokenMajor,
         declared: Capabilities | None = None,
+        device: DeviceProperties | None = None,
         tuning: AttentionTuning | None = None,
     ) -> None:
         super().__init__(spec)
         self._layout = layout
         self._declared = declared or Capabilities(attention=self.features)
+        self._device = device
         self._tuning = tuning
         self._workspace = _Workspace()
 
@@ -114,7 +123,7 @@ class TritonAttention(AttentionBackend):
 
     def plan(self, batch: AttentionBatch) -> Plan:
         """Choose grids. Host fields but the limits are not used where the step is captured."""
-        tuning = self._tuning or self._look_up(batch.slots.device)
+        device, tuning = self._cut(batch.slots.device)
         short = self._tokens_of(tuning.decode)
         if batch.captured:
             num_short = batch.num_requests
@@ -131,22 +140,24 @@ class TritonAttention(AttentionBackend):
             num_tiles = int((-(-rest // self._tokens_of(tuning.prefill))).sum())
         launches = []
         if num_short:
-            launches.append(self._launch(batch, tuning, tuning.decode, num_short, None))
+            launches.append(self._launch(batch, device.num_cores, tuning, num_short, None))
         if num_tiles:
-            launches.append(self._launch(batch, tuning, tuning.prefill, num_tiles, short))
+            launches.append(self._launch(batch, device.num_cores, tuning, num_tiles, short))
         return _Plan(batch.slots, launches)
 
-    def _look_up(self, device: torch.device) -> AttentionTuning:
+    def _cut(self, device: torch.device) -> tuple[DeviceProperties, AttentionTuning]:
+        """The device's properties, and how kernels are cut for it."""
         spec = self.spec
-        self._tuning = attention_tuning(
-            device_properties(device),
+        self._device = self._device or device_properties(device)
+        self._tuning = self._tuning or attention_tuning(
+            self._device,
             spec.num_heads // spec.num_kv_heads,
             spec.head_dim,
             spec.v_head_dim,
             spec.dtype.itemsize,
             spec.kv_dtype.itemsize,
         )
-        return self._tuning
+        return self._device, self._tuning
 
     def _tokens_of(self, tile: Tile) -> int:
         """Query tokens of a tile."""
@@ -154,10 +165,9 @@ class TritonAttention(AttentionBackend):
         return tile.block_m // min(group, tile.block_m)
 
     def _launch(
-        self, batch: AttentionBatch, tuning: AttentionTuning, tile: Tile, items: int, longer: int | None
+        self, batch: AttentionBatch, num_cores: int, tuning: AttentionTuning, items: int, longer: int | None
     ) -> _Launch:
-        spec = self.spec
-        device = batch.slots.device
+        spec, tile = self.spec, tuning.decode if longer is None else tuning.prefill
         group = spec.num_heads // spec.num_kv_heads
         heads = min(group, tile.block_m)
         head_tiles = spec.num_kv_heads * -(-group // heads)
@@ -166,7 +176,7 @@ class TritonAttention(AttentionBackend):
         e = max(16, triton.next_power_of_2(spec.v_head_dim))
 
         # As many programs as keep the device busy, each with keys enough to be worth it.
-        wanted = device_properties(device).num_cores * tuning.programs_per_core
+        wanted = num_cores * tuning.programs_per_core
         reach = batch.max_seq_len
         if longer is None and spec.causal:
             reach = min(reach, *(x + batch.max_query_len for x in (spec.window, spec.chunk) if x is not None), reach)
@@ -174,7 +184,9 @@ class TritonAttention(AttentionBackend):
         splits = max(1, splits)
         part = part_lse = arrived = None
         if splits > 1:
-            part, part_lse, arrived = self._workspace.take(items * head_tiles, splits * tile.block_m, e, device)
+            part, part_lse, arrived = self._workspace.take(
+                items * head_tiles, splits * tile.block_m, e, batch.slots.device
+            )
         merge_step = heads if longer is None else tile.block_m
         merge_rows = triton.next_power_of_2(merge_step)
         return _Launch(
@@ -210,7 +222,6 @@ class TritonAttention(AttentionBackend):
                 "MERGE_STEP": merge_step,
                 "MERGE_ROWS": merge_rows,
                 "MERGE_DEPTH": max(1, min(16, _MERGED // (merge_rows * e))),
-                "UPCAST": triton.knobs.runtime.interpret,
                 "num_warps": tile.num_warps,
                 "num_stages": tile.num_stages,
             },

@@ -62,6 +62,16 @@ def _load(pointers, rows, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADD
 
 
 @triton.jit
+def _tanh(x):
+    """By exponentials, and near zero by its series, where their difference would lose all digits."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15)))
+    small = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    tanh = (1 - small) / (1 + small)
+    return tl.where(square < 0.01, series, tl.where(x < 0, -tanh, tanh))
+
+
+@triton.jit
 def _attend_keys(
     acc,
     total,
@@ -79,7 +89,6 @@ def _attend_keys(
     k_token,
     v_block,
     v_token,
-    DTYPE: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -114,18 +123,16 @@ def _attend_keys(
         offset = at % BLOCK_SIZE
 
         k_rows = keys + (block * k_block + offset * k_token)[:, None]
-        k = _load(k_rows + d1[None, :], inside, d1, MASKED, HEAD_DIM, D1).to(DTYPE)
+        k = _load(k_rows + d1[None, :], inside, d1, MASKED, HEAD_DIM, D1).to(q1.dtype)
         scores = tl.dot(q1, tl.trans(k), input_precision="ieee")
         if D2 > 0:
             d2 = D1 + tl.arange(0, D2)
-            k = _load(k_rows + d2[None, :], inside, d2, MASKED, HEAD_DIM, D1 + D2).to(DTYPE)
+            k = _load(k_rows + d2[None, :], inside, d2, MASKED, HEAD_DIM, D1 + D2).to(q1.dtype)
             scores = tl.dot(q2, tl.trans(k), scores, input_precision="ieee")
 
         if SOFTCAP is not None:
             scores = scores * (SCALE / SOFTCAP)
-            small = tl.exp2(tl.abs(scores) * (-2 * LOG2E))
-            tanh = (1 - small) / (1 + small)
-            scores = tl.where(scores < 0, -tanh, tanh) * (SOFTCAP * LOG2E)
+            scores = _tanh(scores) * (SOFTCAP * LOG2E)
         elif not PLAIN:
             scores = scores * (SCALE * LOG2E)
         if slopes is not None:
@@ -148,8 +155,8 @@ def _attend_keys(
         peak = higher
 
         v_rows = values + (block * v_block + offset * v_token)[:, None]
-        v = _load(v_rows + e[None, :], inside, e, MASKED, V_HEAD_DIM, E).to(DTYPE)
-        acc = tl.dot(p.to(DTYPE), v, acc * shrink[:, None], input_precision="ieee")
+        v = _load(v_rows + e[None, :], inside, e, MASKED, V_HEAD_DIM, E).to(q1.dtype)
+        acc = tl.dot(p.to(q1.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, peak
 
 
@@ -165,7 +172,20 @@ def _locate(rows, head_tile, first, num_queries, GROUP: tl.constexpr, HEADS: tl.
 
 @triton.jit
 def _finish(
-    acc, total, peak, alive, tokens, heads, columns, out, lse, sinks, out_token, out_head, lse_token, lse_head,
+    acc,
+    total,
+    peak,
+    alive,
+    tokens,
+    heads,
+    columns,
+    out,
+    lse,
+    sinks,
+    out_token,
+    out_head,
+    lse_token,
+    lse_head,
     WIDTH: tl.constexpr,
 ):
     """Add the sinks, divide, and store rows [M, E] and their log-sum-exp [M]."""
@@ -201,7 +221,10 @@ def _merge(
         # Other programs wrote these: past the nearest cache, which need not know.
         lse = tl.load(part_lse + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
         attended = tl.load(
-            part + (at * E)[:, :, None] + columns[None, None, :], mask=inside[:, :, None], other=0.0, cache_modifier=".cg"
+            part + (at * E)[:, :, None] + columns[None, None, :],
+            mask=inside[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
         )
         higher = tl.maximum(peak, tl.max(lse, 0))
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
@@ -281,7 +304,6 @@ def attend(
     MERGE_ROWS: tl.constexpr,
     MERGE_STEP: tl.constexpr,
     MERGE_DEPTH: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Attention of one tile; grid (head tiles, tiles or requests, splits).
 
@@ -301,12 +323,10 @@ def attend(
         GROUP: query heads of a key/value head.
         MERGE_STEP, MERGE_ROWS: rows merged at once, and the next power of two.
         MERGE_DEPTH: parts merged at once, a power of two.
-        UPCAST: compute in fp32; Triton's interpreter cannot multiply bf16.
     """
     HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
-    DTYPE: tl.constexpr = tl.float32 if UPCAST else q.dtype.element_ty
 
     head_tile = tl.program_id(0)
     item = tl.program_id(1)
@@ -369,11 +389,11 @@ def attend(
     d1 = tl.arange(0, D1)
     e = tl.arange(0, E)
     q_rows = (q + tokens.to(tl.int64) * q_token + heads * q_head)[:, None]
-    q1 = _load(q_rows + d1[None, :], alive, d1, True, HEAD_DIM, D1).to(DTYPE)
+    q1 = _load(q_rows + d1[None, :], alive, d1, True, HEAD_DIM, D1)
     q2 = q1
     if D2 > 0:
         d2 = D1 + tl.arange(0, D2)
-        q2 = _load(q_rows + d2[None, :], alive, d2, True, HEAD_DIM, D1 + D2).to(DTYPE)
+        q2 = _load(q_rows + d2[None, :], alive, d2, True, HEAD_DIM, D1 + D2)
     row_slopes = None
     if slopes is not None:
         row_slopes = tl.load(slopes + heads, mask=alive, other=0.0).to(tl.float32)
@@ -408,7 +428,6 @@ def attend(
                 k_token,
                 v_block,
                 v_token,
-                DTYPE,
                 phase != 1,
                 SCALE,
                 SOFTCAP,

@@ -6,6 +6,7 @@ Letters are those of `engine.interfaces.attention`.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -96,8 +97,23 @@ def _copy(blocks, src, dst, pitch, size, CHUNK: tl.constexpr):
     tl.store(blocks + tl.load(dst + pair) * pitch + at, content, mask=inside)
 
 
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.itemsize == 1 else x
+
+
 class _OnePiece(BlockLayout):
-    """A layout of `engine_sdk.layout` whose blocks, keys then values in one piece, are copied by one kernel."""
+    """A layout of `engine_sdk.layout` whose blocks, keys then values in one piece, are copied by one kernel.
+
+    Torch indexes no tensors of 8-bit floats on some devices, so those go in and out as bytes.
+    """
+
+    def gather(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `PagedLayout.gather`."""
+        super().gather(PagedCache(_bits(cache.keys), _bits(cache.values)), blocks, _bits(keys), _bits(values))
+
+    def import_blocks(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `KVLayout.import_blocks`."""
+        super().import_blocks(PagedCache(_bits(cache.keys), _bits(cache.values)), blocks, _bits(keys), _bits(values))
 
     def copy_blocks(self, cache: KVCache, src: Tensor, dst: Tensor) -> None:
         """See `KVLayout.copy_blocks`."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from engine.interfaces import AttentionBackend, AttentionSpec, Capabilities, CompilerOptions
+from engine.interfaces import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    CompilerOptions,
+    ExpertsMethod,
+    ExpertsSpec,
+    OpSet,
+)
 from engine_sdk.platform import TorchPlatform, require_attention
 
 
@@ -32,6 +40,20 @@ class TritonPlatform(TorchPlatform):
         declared = self.capabilities()
         require_attention(declared, spec)
         return TritonAttention(spec, declared=declared)
+
+    def ops(self) -> OpSet:
+        """Those of `triton_ops`."""
+        from engine_sdk.triton.ops import triton_ops
+
+        return triton_ops()
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod:
+        """A `TritonExperts`."""
+        from engine_sdk.triton.experts import TritonExperts
+
+        if spec.dtype not in self.capabilities().dtypes:
+            return super().experts(spec)  # which refuses
+        return TritonExperts(spec)
 
     def compiler(self) -> CompilerOptions | None:
         """Torch's own compiler, whose kernels are Triton's.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.runtime import driver
 
-_TABLE = Path(__file__).with_name("attention.json")
+TABLE = Path(__file__).with_name("attention.json")
+"""Rows found by `bench/attention.py --sweep --write`: device, shape, and how the kernel is cut."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,25 @@ def attention_tuning(
         itemsize, kv_itemsize: bytes of an activation and of a cached value.
     """
     default = _default(device, group, head_dim, v_head_dim, itemsize, kv_itemsize)
+    where = {
+        "device": {"shared_bytes": device.shared_bytes, "warp_size": device.warp_size},
+        "shape": [max(head_dim, v_head_dim), itemsize, kv_itemsize],
+    }
     for row in _table():
-        if row["device"] == {"shared_bytes": device.shared_bytes, "warp_size": device.warp_size} and row["shape"] == [
-            max(head_dim, v_head_dim),
-            itemsize,
-            kv_itemsize,
-        ]:
-            decode = Tile(max(default.decode.block_m, row["decode"][0]), *row["decode"][1:])
-            return AttentionTuning(
-                decode, Tile(*row["prefill"]), row["programs_per_core"], row["least_keys"]
-            )
+        if row | where == row:
+            found: dict[str, Any] = {name: value for name, value in row.items() if name not in where}
+            if "prefill" in found:
+                found["prefill"] = Tile(*found["prefill"])
+            if "decode" in found:  # a larger group needs more rows than the one that was measured
+                found["decode"] = replace(Tile(*found["decode"]), block_m=default.decode.block_m)
+            return replace(default, **found)
     return default
 
 
 @functools.cache
-def _table() -> list[dict[str, object]]:
-    return json.loads(_TABLE.read_text())
+def _table() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(TABLE.read_text())
+    return rows
 
 
 def _default(
@@ -104,14 +109,15 @@ def _default(
     wide = itemsize > 2 or width > 512
     heads = min(max(16, triton.next_power_of_2(group)), 16 if itemsize > 2 else 64)
 
-    def fit(block_m: int, block_n: int, num_warps: int) -> Tile:
-        # Keys and values of each iteration in flight, and the queries, lie in shared memory.
+    def fit(block_m: int, block_n: int, num_warps: int, depth: int) -> Tile:
+        # Queries lie in shared memory, and the keys and values of each iteration in flight. Their addresses come from
+        # the block table, read an iteration earlier: an iteration in flight takes two stages, and one computes.
         room = device.shared_bytes - block_m * width * itemsize // 2
-        while block_n > 16 and 2 * block_n * width * max(kv_itemsize, 2) > room:
+        tile = width * max(kv_itemsize, 2)
+        while block_n > 16 and block_n * tile > room:
             block_n //= 2
-        stages = max(1, min(3, room // (block_n * width * max(kv_itemsize, 2))))
-        return Tile(block_m, block_n, num_warps, stages)
+        return Tile(block_m, block_n, num_warps, 1 + 2 * max(1, min(depth, room // (block_n * tile))))
 
-    decode = fit(heads, 64, 4 if width <= 512 else 8)
+    decode = fit(heads, 64, 4 if width <= 512 else 8, 2)
     rows = 32 if itemsize > 2 else 64 if wide else 128
-    return AttentionTuning(decode, fit(rows, 32 if wide else 64, 4 if rows <= 64 and not wide else 8))
+    return AttentionTuning(decode, fit(rows, 32 if wide else 64, 4 if rows <= 64 and not wide else 8, 1))
