@@ -6,6 +6,7 @@ The next step's inputs come from the device itself, so a step may be launched be
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -89,7 +90,9 @@ class ModelRunner:
         declared = platform.capabilities()
         layers = self.model.attention_layers.items()
         if not args.enforce_eager and (compiler := platform.compiler()) is not None:
-            compile_layers(self.model.model, self.model.attention_layers, compiler, lambda: self._dummy_step(2))
+            # Kernels are tuned for the size of the first step: small ones run as well with what large ones need.
+            largest = functools.partial(self._dummy_step, args.max_num_batched_tokens or 1)
+            compile_layers(self.model.model, self.model.attention_layers, compiler, largest)
         backends = {name: layer.backend for name, layer in layers if layer.shares_kv_with is None}
         self.kv_plan = plan_pool(backends, args.block_size, declared.block_sizes)
         num_blocks = args.num_blocks or self._affordable_blocks()
@@ -105,13 +108,11 @@ class ModelRunner:
             args.max_num_seqs, max_len, self.kv_plan.groups, self._staging, device.torch_device
         )
         runtime = None if args.enforce_eager or declared.graphs == "none" else platform.graphs()
+        mixed, config = declared.graphs == "full", self.scheduler_config
         self._graphs = runtime and StepGraphs(
-            runtime, declared.graphs == "full", args.max_num_seqs, max_len, self._builder, self._plans, self._forward
+            runtime, mixed, config, self._staging, self._builder, self._plans, self._forward
         )
-        rows_at_once = 64 if declared.asynchronous else 2  # as many as a launch is worth, or as a cache holds
-        self.sampler = Sampler(
-            self.model.vocab_size, args.max_num_seqs, device.torch_device, args.seed, rows_at_once=rows_at_once
-        )
+        self.sampler = Sampler(self.model.vocab_size, args.max_num_seqs, device.torch_device, platform.ops(), args.seed)
         self._last_sampled = torch.zeros(args.max_num_seqs, dtype=torch.int64, device=device.torch_device)
         self.overlap = declared.asynchronous if args.async_scheduling is None else args.async_scheduling
         self.requests: dict[int, CoreRequest] = {}

@@ -124,25 +124,25 @@ class TritonAttention(AttentionBackend):
     def plan(self, batch: AttentionBatch) -> Plan:
         """Choose grids. Host fields but the limits are not used where the step is captured."""
         device, tuning = self._cut(batch.slots.device)
-        short = self._tokens_of(tuning.decode)
+        short, long = self._tokens_of(tuning.decode), self._prefill_tile(device, tuning, batch.num_tokens)
+        step = self._tokens_of(long)
         if batch.captured:
             num_short = batch.num_requests
             most = batch.max_query_len
             # Each tile is full, or the last one of a request with more than `short` tokens.
-            step = self._tokens_of(tuning.prefill)
-            num_tiles = 0 if most <= short else batch.num_tokens // step + batch.num_tokens // (short + 1)
-            num_tiles = min(num_tiles, batch.num_requests * -(-most // step))
+            ends = min(batch.num_requests, batch.num_tokens // (short + 1))
+            num_tiles = 0 if most <= short else min(batch.num_tokens // step + ends, ends * -(-most // step))
         else:
             lengths = batch.query_start_host.diff()
             fits = (lengths <= short).nonzero()
             num_short = int(fits[-1]) + 1 if len(fits) else 0
             rest = lengths[lengths > short]
-            num_tiles = int((-(-rest // self._tokens_of(tuning.prefill))).sum())
+            num_tiles = int((-(-rest // step)).sum())
         launches = []
         if num_short:
-            launches.append(self._launch(batch, device.num_cores, tuning, num_short, None))
+            launches.append(self._launch(batch, device.num_cores, tuning, tuning.decode, num_short, None))
         if num_tiles:
-            launches.append(self._launch(batch, device.num_cores, tuning, num_tiles, short))
+            launches.append(self._launch(batch, device.num_cores, tuning, long, num_tiles, short))
         return _Plan(batch.slots, launches)
 
     def _cut(self, device: torch.device) -> tuple[DeviceProperties, AttentionTuning]:
@@ -159,15 +159,28 @@ class TritonAttention(AttentionBackend):
         )
         return self._device, self._tuning
 
+    def _prefill_tile(self, device: DeviceProperties, tuning: AttentionTuning, num_tokens: int) -> Tile:
+        """The larger one where there would be two tiles or more for each core."""
+        if tuning.bulk is None:
+            return tuning.prefill
+        tiles = num_tokens // self._tokens_of(tuning.bulk) * self.spec.num_kv_heads
+        return tuning.bulk if tiles >= 2 * device.num_cores else tuning.prefill
+
     def _tokens_of(self, tile: Tile) -> int:
         """Query tokens of a tile."""
         group = self.spec.num_heads // self.spec.num_kv_heads
         return tile.block_m // min(group, tile.block_m)
 
     def _launch(
-        self, batch: AttentionBatch, num_cores: int, tuning: AttentionTuning, items: int, longer: int | None
+        self,
+        batch: AttentionBatch,
+        num_cores: int,
+        tuning: AttentionTuning,
+        tile: Tile,
+        items: int,
+        longer: int | None,
     ) -> _Launch:
-        spec, tile = self.spec, tuning.decode if longer is None else tuning.prefill
+        spec = self.spec
         group = spec.num_heads // spec.num_kv_heads
         heads = min(group, tile.block_m)
         head_tiles = spec.num_kv_heads * -(-group // heads)

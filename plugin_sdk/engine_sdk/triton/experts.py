@@ -44,7 +44,7 @@ def _tile(pairs_of_an_expert: float, itemsize: int) -> _Tile:
         return _Tile(16 if pairs_of_an_expert <= 12 else 32, 64, 128, 4, 4)
     if pairs_of_an_expert <= 96:
         return _Tile(64, 128, 64, 4, 4)
-    return _Tile(128, 128, 64, 8, 3)
+    return _Tile(128, 128 if pairs_of_an_expert <= 256 else 256, 64, 8, 3)
 
 
 class TritonExperts(ExpertsMethod):
@@ -65,8 +65,8 @@ class TritonExperts(ExpertsMethod):
         ids = expert_ids.contiguous()
         order = torch.empty(pairs, dtype=torch.int32, device=x.device)
         bounds = torch.empty(2, experts, dtype=torch.int32, device=x.device)  # first pair and number of each expert
-        block = min(1024, max(16, triton.next_power_of_2(pairs)))
-        _route[(experts,)](ids, order, bounds, pairs, experts, BLOCK=block, num_warps=4)
+        block = min(4096, max(16, triton.next_power_of_2(pairs)))
+        _route[(experts,)](ids, order, bounds, pairs, experts, BLOCK=block, num_warps=8 if block > 1024 else 4)
 
         inner = self._product(x, weights.up, weights.up_bias, order, bounds, top_k, by_pair=False)
         inner = weights.activate(inner)

@@ -323,7 +323,8 @@ def draw(logits: Tensor, inputs: DrawInputs | None) -> Tensor:
         listed = torch.empty(num_rows, _LISTED + num_blocks, dtype=torch.int32, device=logits.device)
     _draw[grid](
         logits, row_stride, maxima, masses, listed, arrived, token_ids,
-        inputs.top_k, inputs.top_p, inputs.cut, inputs.u, inputs.scale, vocab, num_blocks, per_program,
+        *(x.contiguous() for x in (inputs.top_k, inputs.top_p, inputs.cut, inputs.u, inputs.scale)),
+        vocab, num_blocks, per_program,
         LISTED=_LISTED, FILTERED=filtered, **sizes,
     )  # fmt: skip
     return token_ids

@@ -59,12 +59,14 @@ class AttentionTuning:
     Attributes:
         decode: tile of requests with few tokens.
         prefill: tile of others.
+        bulk: the same in steps with so many tokens that larger tiles still keep the device busy; None: `prefill`.
         programs_per_core: programs that keep a core busy; keys are split until there are as many.
         least_keys: that are worth a program of their own.
     """
 
     decode: Tile
     prefill: Tile
+    bulk: Tile | None = None
     programs_per_core: int = 4
     least_keys: int = 128
 
@@ -88,8 +90,7 @@ def attention_tuning(
     for row in _table():
         if row | where == row:
             found: dict[str, Any] = {name: value for name, value in row.items() if name not in where}
-            if "prefill" in found:
-                found["prefill"] = Tile(*found["prefill"])
+            found |= {name: Tile(*found[name]) for name in ("prefill", "bulk") if name in found}
             if "decode" in found:  # a larger group needs more rows than the one that was measured
                 found["decode"] = replace(Tile(*found["decode"]), block_m=default.decode.block_m)
             return replace(default, **found)
