@@ -22,9 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from engine.config import EngineArgs
 from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
-from engine.model import load as loading
+from engine.extensions.checkpoints import plan as loading
+from engine.extensions.checkpoints.files import Entry, read_index
 from engine.model.adapt import AdaptedModel, build, load_model
-from engine.model.checkpoint import Entry, read_index
 from engine.model.config import eos_token_ids, generation_defaults, max_model_len, read_config
 from engine_conformance.tiny_models import tiny_config, tiny_model
 from engine_cpu import CpuPlatform

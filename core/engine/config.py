@@ -39,7 +39,7 @@ class EngineArgs:
         skip_tokenizer_init: no tokenizer; prompts and outputs are token ids.
         trust_remote_code: run Python code that comes with the checkpoint.
         dtype: ``"auto"`` (the checkpoint's, with fp32 kept as fp32), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        load_format: ``"auto"`` reads safetensors; ``"dummy"`` fills random weights, for measuring speed.
+        load_format: ``"auto"`` reads safetensors, ``"dummy"`` fills random weights; plugins may have others.
         hf_overrides: fields that replace those of config.json.
         seed: of dummy weights, and of requests that bring none.
         platform: the platform plugin's name; None takes the accelerator that is available.
@@ -64,7 +64,7 @@ class EngineArgs:
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    load_format: Literal["auto", "dummy"] = "auto"
+    load_format: str = "auto"
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     platform: str | None = None

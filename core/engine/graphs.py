@@ -8,6 +8,7 @@ A graph reads the step's arrays where `Staging` puts them, and leaves the logits
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -102,7 +103,12 @@ class StepGraphs:
             self._logits[: len(logits)].copy_(logits)
 
         launch()
-        self._captured[shape] = _Captured(self._runtime.capture(launch), self._staging.moved, groups, plans)
+        gc.disable()  # whatever is collected during a capture would give its memory back within it
+        try:
+            graph = self._runtime.capture(launch)
+        finally:
+            gc.enable()
+        self._captured[shape] = _Captured(graph, self._staging.moved, groups, plans)
 
 
 def _round_up(count: int) -> int:

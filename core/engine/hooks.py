@@ -47,6 +47,18 @@ def engine_models() -> Mapping[str, Callable[..., Any]] | None:
 
 
 @hookspec
+def engine_load_formats() -> Mapping[str, Callable[..., Any]] | None:
+    """Load formats, for weights that are stored in a way of their own.
+
+    Returns:
+        The word that ``--load-format`` takes to a function, which is called as ``plan = open(model, folder)`` while the
+        model's parameters are on `meta`: it checks what it can, and changes nothing but which parameters are tied. Once
+        they have storage, ``plan.fill(device, progress=bool)`` fills them. Two plugins that read one format are an
+        error.
+    """
+
+
+@hookspec
 def engine_stats(stats: EngineStats) -> None:
     """A snapshot after each step. It runs on the engine's thread, so it must return at once.
 

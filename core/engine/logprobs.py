@@ -17,7 +17,7 @@ class DeviceLogprobs:
     """Log probabilities at L positions, of the model's own distribution: fp32, before penalties and temperature.
 
     Attributes:
-        packed: int32 [L, 2K + 3]: K + 1 token ids, the chosen one first; as many fp32 bit patterns; the chosen's rank.
+        packed: int32 [L, 2K + 3], as `OpSet.logprobs` gives them.
         counts: for each position, how many of the K likeliest were asked for.
         index: for each position, which of `size` results it is.
         size: how many results there are; those without a position are None.
@@ -41,17 +41,3 @@ class DeviceLogprobs:
         for i, (at, count, rank) in enumerate(zip(self.index, self.counts, ranks, strict=True)):
             result[at] = TokenLogprobs(ids[i, : count + 1].tolist(), logprobs[i, : count + 1].tolist(), rank)
         return result
-
-
-def pack_logprobs(logits: Tensor, token_ids: Tensor, num: int) -> Tensor:
-    """`DeviceLogprobs.packed` for the `num` likeliest tokens.
-
-    A token's rank is one more than the number of tokens that are strictly likelier.
-    logits [L, V] of any float dtype; token_ids, the chosen ones, int64 [L].
-    """
-    x = logits.float()
-    chosen = x.gather(-1, token_ids[:, None])
-    values, ids = x.topk(num, -1)
-    logprobs = torch.cat((chosen, values), -1) - x.logsumexp(-1, keepdim=True)
-    rank = (x > chosen).sum(-1, keepdim=True) + 1
-    return torch.cat((token_ids[:, None].int(), ids.int(), logprobs.view(torch.int32), rank.int()), -1)

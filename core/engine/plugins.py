@@ -163,6 +163,10 @@ class Hooks:
         """The plugins' adapters by architecture; raises `PluginError` where two adapt the same."""
         return {name: adapter for name, (_, adapter) in self._merge("engine_models").items()}
 
+    def engine_load_formats(self) -> dict[str, Callable[..., Any]]:
+        """The plugins' load formats by name; raises `PluginError` where two read the same."""
+        return {name: opener for name, (_, opener) in self._merge("engine_load_formats").items()}
+
     def engine_stats(self, stats: EngineStats) -> None:
         """Hand a snapshot to all sinks."""
         for _ in self._ask("engine_stats", stats=stats):

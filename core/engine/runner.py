@@ -7,6 +7,7 @@ The next step's inputs come from the device itself, so a step may be launched be
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -78,6 +79,8 @@ class ModelRunner:
     """
 
     def __init__(self, args: EngineArgs, platform: Platform, *, progress: bool = False) -> None:
+        gc.collect()  # an engine that was dropped before may be a reference cycle, and hold its memory
+        platform.memory().release()
         self.platform = platform
         self.args = args
         device = platform.device()

@@ -1,14 +1,14 @@
 """From logits to tokens: what each row's `SamplingParams` ask for, in vLLM's order.
 
-    logits -> allowed, bad and too-early stop tokens -> bias -> custom processors -> penalties -> greedy: argmax
-                                                          `-> temperature -> min_p -> top_k -> top_p -> draw
+    logits -> bias, bad and too-early stop tokens -> custom processors -> allowed tokens, penalties -> draw
 
 A request's tokens depend on its logits, its seed and the position only: not on its row, its neighbours or preemptions.
-S is the rows of a step, R those of a group, V the vocabulary.
+S is the rows of a step, R those with a history, V the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,20 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.draw import UNIT_BITS, Filters, draw_among, draw_from_all, uniform
 from engine.errors import RequestError
-from engine.logprobs import DeviceLogprobs, pack_logprobs
+from engine.interfaces import DrawInputs, OpSet
+from engine.logprobs import DeviceLogprobs
+from engine.philox import uniform
 from engine.request import CoreRequest, LogitsProcessor, SamplingParams
 from engine.staging import Staged, Staging
 
-_GREEDY, _AMONG, _ALL = 0, 1, 2  # how a row is drawn; `_ALL` with the flags of the filters that it uses
-_TOP_K, _TOP_P = 4, 8
-_AMONG_K = 1024  # up to here the k likeliest are looked up; beyond, the whole vocabulary is filtered in place
+_ROW = np.dtype(
+    [
+        ("ints", np.int64, 3),  # top_k, top_p, cut, as `DrawInputs` has them
+        ("scale", np.float32),
+        ("seed", np.uint64),
+        ("penalties", np.float32, 3),  # repetition, frequency, presence
+        ("stop_from", np.int64),  # position from which stop tokens may be produced
+        ("logprobs", np.int64),  # how many; -1 is none
+        ("slot", np.int64),  # in the history; -1 is none
+    ]
+)
+_IDLE = np.array(((1, 0, 0), 1, 0, (1, 0, 0), 0, -1, -1), _ROW)
 _FP32 = np.finfo(np.float32)
-
-_PROMPT = 1 << 30  # a token's history: its count in the output, this flag, and negative if it is not allowed
-_COUNT = _PROMPT - 1
-_BANNED = -(1 << 31)
 
 
 @dataclass
@@ -42,42 +48,37 @@ class Sampled:
 
 
 @dataclass
-class _Group:
-    """Rows that are drawn in one way."""
-
-    kind: int
-    ints: Staged  # int64 [4, R]: index in the step, uniform number, top_k, top_p
-    floats: Staged  # fp32 [2, R]: temperature, min_p
-    max_k: int  # the largest top_k
-    min_p: bool  # whether a row has one
-
-
-@dataclass
 class SamplingPlan:
     """A step's sampling as the host prepared it; its device arrays are good after `Staging.upload`."""
 
     num_rows: int  # S
-    groups: list[_Group] = field(default_factory=list)  # the rows that are not greedy
-    bans: Staged | None = None  # int64, indices into the flat logits that become -inf
-    bias: tuple[Staged, Staged] | None = None  # the same, and what is added there
-    processors: list[tuple[int, list[LogitsProcessor], list[int]]] = field(default_factory=list)  # index, ..., output
+    draw: DrawInputs | None = None  # None if all rows are greedy
+    added: tuple[Staged, Staged] | None = None  # int64, indices into the flat logits; fp32, what is added there
+    processors: list[tuple[int, _Edits]] = field(default_factory=list)  # index
+    new: list[tuple[int, int]] = field(default_factory=list)  # slots whose history starts, and with what everywhere
+    past: tuple[Staged, Staged] | None = None  # int64, indices into the flat history; int32, what is added there
     history: tuple[Staged, Staged] | None = None  # int64 [2, R], index and slot; fp32 [3, R], penalties
-    banned: bool = False  # whether a row has allowed ids
-    repetition: bool = False  # whether a row has a repetition penalty
-    additive: bool = False  # whether a row has one of the other two
-    wanted: Staged | None = None  # int64, indices of rows that want log probabilities
-    wanted_counts: list[int] = field(default_factory=list)  # how many each
+    wanted: tuple[Staged, list[int]] | None = None  # int64, indices of rows that want log probabilities; how many each
 
 
 @dataclass
 class _Edits:
-    """What a row changes in its logits, beside penalties; few rows have any."""
+    """What a row does to its logits by itself; few rows have any."""
 
-    stops: list[int]  # not before `min_tokens`
     bias: dict[int, float]
+    stops: list[int]  # not before `min_tokens`
     bad: list[list[int]]  # sequences that must not be completed
     processors: list[LogitsProcessor]
     output: list[int]  # kept only for `bad` and `processors`
+
+    def added(self, early: bool) -> Iterator[tuple[int, float]]:
+        """Token ids, and what is added to their logits."""
+        yield from self.bias.items()
+        banned = [*(self.stops if early else ()), *(i[-1] for i in self.bad if self._ends_with(i[:-1]))]
+        yield from ((token, -math.inf) for token in banned)
+
+    def _ends_with(self, ids: list[int]) -> bool:
+        return not ids or self.output[-len(ids) :] == ids
 
 
 class Sampler:
@@ -87,61 +88,44 @@ class Sampler:
         vocab_size: V, the width of the logits. Ids outside that a request names are ignored.
         max_rows: rows are 0 to this, exclusive.
         device: where the logits are.
+        ops: the platform's.
         seed: of requests that bring none.
-        rows_at_once: work on so many rows together. Many keep an accelerator busy, at about 50 bytes for each of their
-            logits; few stay in a host's caches. The results are the same.
     """
 
-    def __init__(
-        self, vocab_size: int, max_rows: int, device: torch.device, seed: int = 0, rows_at_once: int = 64
-    ) -> None:
-        self.vocab_size, self._default_seed, self._rows_at_once = vocab_size, seed, rows_at_once
-        self._kind = np.zeros(max_rows, np.int64)
-        self._tops = np.zeros((2, max_rows), np.int64)  # top_k, top_p
-        self._floats = np.zeros((2, max_rows), np.float32)  # temperature, min_p
-        self._penalties = np.zeros((3, max_rows), np.float32)  # repetition, frequency, presence
-        self._seeds = np.zeros(max_rows, np.uint64)
-        self._stop_from = np.zeros(max_rows, np.int64)  # position from which stop tokens may be produced
-        self._wanted = np.full(max_rows, -1, np.int64)  # log probabilities; -1 is none
-        self._slot = np.full(max_rows, -1, np.int64)  # in the history
-        self._banned = np.zeros(max_rows, np.bool_)
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device, ops: OpSet, seed: int = 0) -> None:
+        self.vocab_size, self._ops, self._default_seed = vocab_size, ops, seed
+        self._rows = np.full(max_rows, _IDLE)
         self._edits: dict[int, _Edits] = {}
+        self._past: dict[int, tuple[int, NDArray[np.int64], NDArray[np.int32]]] = {}  # for the next plan to write
         self._history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._free: list[int] = []
 
     def admit(self, row: int, request: CoreRequest, token_ids: list[int]) -> None:
-        """A sequence enters `row`, for the first time or after a preemption; `token_ids` is prompt and output so far.
-
-        Waits for the device only if the request has penalties or `allowed_token_ids`.
-        """
+        """A sequence enters `row`, at first or after a preemption; `token_ids` is prompt and output so far."""
         self.release(row)
         params, num_prompt = request.params, len(request.prompt_token_ids)
-        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
-        self._kind[row] = self._kind_of(params, top_k)
-        self._tops[:, row] = top_k, round(params.top_p * (1 << UNIT_BITS))
-        self._floats[:, row] = np.clip(params.temperature, _FP32.tiny, _FP32.max), params.min_p
-        self._penalties[:, row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        self._seeds[row] = (self._default_seed if params.seed is None else params.seed) % (1 << 64)
-        self._stop_from[row] = num_prompt + params.min_tokens
-        if params.logprobs is not None:
-            self._wanted[row] = self._num_logprobs(params.logprobs)
-        stops = self._known((*request.eos_token_ids, *(params.stop_token_ids or ()))) if params.min_tokens else []
+        seed = (self._default_seed if params.seed is None else params.seed) % (1 << 64)
+        penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        wanted = -1 if params.logprobs is None else self._num_logprobs(params.logprobs)
+        slot = -1
+        if params.allowed_token_ids is not None or penalties != (1, 0, 0):
+            slot = self._free.pop() if self._free else self._grow()
+            self._past[row] = self._past_of(slot, token_ids, num_prompt, params.allowed_token_ids)
+        self._rows[row] = (*self._draw_inputs(params), seed, penalties, num_prompt + params.min_tokens, wanted, slot)
         bias = {i: params.logit_bias[i] for i in self._known(params.logit_bias)} if params.logit_bias else {}
+        stops = self._known((*request.eos_token_ids, *(params.stop_token_ids or ()))) if params.min_tokens else []
         bad = [ids for ids in request.bad_token_ids if ids and self._known(ids) == ids]
         processors = list(params.logits_processors or ())
-        if stops or bias or bad or processors:
-            self._edits[row] = _Edits(stops, bias, bad, processors, token_ids[num_prompt:] if bad or processors else [])
-        if params.allowed_token_ids is not None or (self._penalties[:, row] != (1, 0, 0)).any():
-            self._slot[row] = slot = self._free.pop() if self._free else self._grow()
-            self._history[slot] = torch.from_numpy(self._past(token_ids, num_prompt, params.allowed_token_ids))
-            self._banned[row] = params.allowed_token_ids is not None
+        if bias or stops or bad or processors:
+            self._edits[row] = _Edits(bias, stops, bad, processors, token_ids[num_prompt:] if bad or processors else [])
 
     def release(self, row: int) -> None:
         """The sequence in `row`, if there is one, is gone."""
-        if self._slot[row] >= 0:
-            self._free.append(int(self._slot[row]))
-        self._slot[row] = self._wanted[row] = -1
+        if (slot := int(self._rows[row]["slot"])) >= 0:
+            self._free.append(slot)
+        self._rows[row] = _IDLE
         self._edits.pop(row, None)
+        self._past.pop(row, None)
 
     def append(self, row: int, token_id: int) -> None:
         """`row` produced `token_id`. Only bad words and custom processors need it, before the next `plan`."""
@@ -149,12 +133,15 @@ class Sampler:
         if edits and (edits.bad or edits.processors):
             edits.output.append(token_id)
 
-    def _kind_of(self, params: SamplingParams, top_k: int) -> int:
-        if params.greedy or top_k == 1:
-            return _GREEDY
-        if top_k <= min(_AMONG_K, self.vocab_size - 1):
-            return _AMONG
-        return _ALL | (_TOP_K if top_k < self.vocab_size else 0) | (_TOP_P if params.top_p < 1 else 0)
+    def _draw_inputs(self, params: SamplingParams) -> tuple[tuple[int, int, int], float]:
+        """top_k, top_p and cut; scale."""
+        if params.greedy:
+            return (1, DrawInputs.ONE, DrawInputs.LAST), 1.0
+        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        cut = -math.log2(max(params.min_p, 2.0**-64)) * DrawInputs.LEVELS
+        scale = DrawInputs.LEVELS * math.log2(math.e) / max(params.temperature, float(_FP32.tiny))
+        ints = top_k, round(params.top_p * DrawInputs.ONE), int(min(cut, DrawInputs.LAST))
+        return ints, min(max(scale, float(_FP32.tiny)), float(_FP32.max))
 
     def _num_logprobs(self, asked: int) -> int:
         return self.vocab_size if asked == -1 else min(asked, self.vocab_size)
@@ -162,26 +149,28 @@ class Sampler:
     def _known(self, ids: Iterable[int]) -> list[int]:
         return [i for i in ids if 0 <= i < self.vocab_size]
 
-    def _past(self, token_ids: list[int], num_prompt: int, allowed: list[int] | None) -> NDArray[np.int32]:
-        """A sequence's history [V], from scratch."""
-        past = np.bincount(self._known(token_ids[num_prompt:]), minlength=self.vocab_size).astype(np.int32)
-        past[self._known(token_ids[:num_prompt])] |= _PROMPT
-        if allowed is not None:
-            past[np.delete(np.arange(self.vocab_size), self._known(allowed))] |= _BANNED
-        return past
+    def _past_of(
+        self, slot: int, token_ids: list[int], num_prompt: int, allowed: list[int] | None
+    ) -> tuple[int, NDArray[np.int64], NDArray[np.int32]]:
+        """A sequence's history from scratch: what it is everywhere, and what is added where in the flat history."""
+        start, unique = 0 if allowed is None else OpSet.BANNED, set(self._known(allowed or ()))
+        groups = set(self._known(token_ids[:num_prompt])), self._known(token_ids[num_prompt:]), unique
+        values = np.repeat(np.array([OpSet.PROMPT, 1, OpSet.BANNED], np.int32), [len(ids) for ids in groups])
+        index = np.array([i for ids in groups for i in ids], np.int64)
+        return start, slot * self.vocab_size + index, values  # banned twice is allowed
 
     def _grow(self) -> int:
         """Double the history, which has slots only for rows that need one, and return a free slot."""
         old, size = self._history, len(self._history)
-        self._history = old.new_zeros(min(max(4, 2 * size), len(self._slot)), self.vocab_size)
+        self._history = old.new_zeros(min(max(4, 2 * size), len(self._rows)), self.vocab_size)
         self._history[:size] = old
         self._free = list(range(size, len(self._history)))
         return self._free.pop()
 
     def nbytes(self, num_rows: int) -> int:
         """At most this many bytes are staged by a `plan` of `num_rows` rows."""
-        edits = self._edits.values()
-        return 80 * num_rows + sum(8 * (len(e.stops) + len(e.bad)) + 12 * len(e.bias) for e in edits)
+        added = sum(len(e.bias) + len(e.stops) + len(e.bad) for e in self._edits.values())
+        return 80 * num_rows + 12 * (added + sum(len(index) for _, index, _ in self._past.values()))
 
     def plan(self, rows: list[int], positions: list[int], staging: Staging) -> SamplingPlan:
         """Stage what `sample` needs on the device; the `upload` of `staging`, which is begun, must come before that.
@@ -189,45 +178,36 @@ class Sampler:
         For each row of the logits, `rows` has the row of its sequence and `positions` the index of the new token there.
         """
         plan = SamplingPlan(len(rows))
-        row, position = np.array(rows, np.int64), np.array(positions, np.int64)
-        kinds = self._kind[row]
-        for kind in set(kinds[kinds != _GREEDY].tolist()):
-            index = np.flatnonzero(kinds == kind)
-            of = row[index]
-            tops, floats = self._tops[:, of], self._floats[:, of]
-            ints = np.stack((index, uniform(self._seeds[of], position[index]), *tops))
-            max_k, min_p = int(tops[0].max()), bool(floats[1].any())
-            plan.groups.append(_Group(kind, staging.add(ints), staging.add(floats), max_k, min_p))
+        row, position = self._rows[rows], np.array(positions, np.int64)
+        if (row["ints"][:, 0] > 1).any():
+            top_k, top_p, cut = row["ints"].T
+            max_top_k = int(top_k[(top_k > 1) & (top_k < self.vocab_size)].max(initial=0))
+            ints = staging.add(np.stack((top_k, top_p, cut, uniform(row["seed"], position)))).device
+            limits = max_top_k, bool((top_p < DrawInputs.ONE).any()), bool((cut < DrawInputs.LAST).any())
+            plan.draw = DrawInputs(ints[0], ints[1], ints[2], ints[3], staging.add(row["scale"]).device, *limits)
         if self._edits:
-            self._plan_edits(plan, rows, position < self._stop_from[row], staging)
-        index = np.flatnonzero(self._slot[row] >= 0)
-        if index.size:
-            of = row[index]
-            penalties = self._penalties[:, of]
-            plan.history = staging.add(np.stack((index, self._slot[of]))), staging.add(penalties)
-            plan.banned = bool(self._banned[of].any())
-            plan.repetition, plan.additive = bool((penalties[0] != 1).any()), bool(penalties[1:].any())
-        index = np.flatnonzero(self._wanted[row] >= 0)
-        if index.size:
-            plan.wanted, plan.wanted_counts = staging.add(index), self._wanted[row[index]].tolist()
+            self._plan_edits(plan, rows, position < row["stop_from"], staging)
+        if self._past:
+            starts, where, values = zip(*self._past.values(), strict=True)
+            plan.new = list(zip(self._rows[list(self._past)]["slot"].tolist(), starts, strict=True))
+            plan.past, self._past = (staging.add(np.concatenate(where)), staging.add(np.concatenate(values))), {}
+        if (index := np.flatnonzero(row["slot"] >= 0)).size:
+            places = staging.add(np.stack((index, row["slot"][index])))
+            plan.history = places, staging.add(row["penalties"][index].T)
+        if (index := np.flatnonzero(row["logprobs"] >= 0)).size:
+            plan.wanted = staging.add(index), row["logprobs"][index].tolist()
         return plan
 
     def _plan_edits(self, plan: SamplingPlan, rows: list[int], early: NDArray[np.bool_], staging: Staging) -> None:
-        bans: list[int] = []
-        bias: dict[int, float] = {}
+        added: list[tuple[int, float]] = []
         for i, row in enumerate(rows):
             if edits := self._edits.get(row):
-                start = i * self.vocab_size
-                bans += [start + token for token in edits.stops if early[i]]
-                bans += [start + ids[-1] for ids in edits.bad if _ends_with(edits.output, ids[:-1])]
-                bias |= {start + token: value for token, value in edits.bias.items()}
+                added += [(i * self.vocab_size + token, value) for token, value in edits.added(bool(early[i]))]
                 if edits.processors:
-                    plan.processors.append((i, edits.processors, edits.output))
-        if bans:
-            plan.bans = staging.add(np.array(bans, np.int64))
-        if bias:
-            values = np.array(list(bias.values()), np.float32)
-            plan.bias = staging.add(np.array(list(bias), np.int64)), staging.add(values)
+                    plan.processors.append((i, edits))
+        if added:
+            index, values = zip(*added, strict=True)
+            plan.added = staging.add(np.array(index, np.int64)), staging.add(np.array(values, np.float32))
 
     def sample(self, logits: Tensor, plan: SamplingPlan) -> Sampled:
         """Choose a token for each row of `logits` [S, V], of any float dtype; they are not changed.
@@ -236,23 +216,20 @@ class Sampler:
         and always the same one: the first NaN, else the first of the largest logits; 0 if all are masked.
         """
         assert logits.shape == (plan.num_rows, self.vocab_size)
-        x = self._edit(logits, plan)
-        best, token_ids = x.max(-1)
-        for group in plan.groups:
-            num_rows = group.ints.device.shape[1]
-            for part in self._parts(num_rows):
-                index = group.ints.device[0, part]
-                chosen = self._draw(x[part] if num_rows == plan.num_rows else x[index], group, part)
-                token_ids[index] = torch.where(best[index].isfinite(), chosen, token_ids[index])
+        for slot, start in plan.new:
+            self._history[slot].fill_(start)
+        if plan.past is not None:
+            self._history.view(-1).index_add_(0, plan.past[0].device, plan.past[1].device)
+        token_ids = self._ops.draw(self._edit(logits, plan), plan.draw)
         if plan.history is not None:
             index, slots = plan.history[0].device
             flat = slots * self.vocab_size + token_ids[index]
             self._history.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
         if plan.wanted is None:
             return Sampled(token_ids)
-        index, counts = plan.wanted.device, plan.wanted_counts
-        packed = pack_logprobs(logits[index], token_ids[index], max(counts))
-        return Sampled(token_ids, DeviceLogprobs(packed, counts, plan.wanted.host.tolist(), plan.num_rows))
+        (staged, counts), ids = plan.wanted, token_ids[plan.wanted[0].device]
+        packed = self._ops.logprobs(logits[staged.device], ids, max(counts))
+        return Sampled(token_ids, DeviceLogprobs(packed, counts, staged.host.tolist(), plan.num_rows))
 
     def prompt_logprobs(self, logits: Tensor, next_token_ids: Tensor, num: int) -> DeviceLogprobs:
         """Log probabilities of `next_token_ids`, int64 [P], which follow the prompt positions of `logits` [P, V].
@@ -260,55 +237,21 @@ class Sampler:
         `num` is how many likeliest tokens come besides; -1 for all.
         """
         size, num = len(logits), self._num_logprobs(num)
-        return DeviceLogprobs(pack_logprobs(logits, next_token_ids, num), [num] * size, list(range(size)), size)
-
-    @staticmethod
-    def _draw(x: Tensor, group: _Group, part: slice) -> Tensor:
-        filters = Filters(*group.ints.device[1:, part, None], *group.floats.device[:, part, None])
-        if group.kind == _AMONG:
-            return draw_among(x.float(), filters, group.max_k)
-        use_k, use_p = bool(group.kind & _TOP_K), bool(group.kind & _TOP_P)
-        return draw_from_all(x.float(), filters, min_p=group.min_p, top_k=use_k, top_p=use_p)
+        return DeviceLogprobs(self._ops.logprobs(logits, next_token_ids, num), [num] * size, list(range(size)), size)
 
     def _edit(self, logits: Tensor, plan: SamplingPlan) -> Tensor:
         """Masks, bias, processors and penalties: fp32 [S, V], or `logits` itself where there are none."""
-        if not (plan.bans or plan.bias or plan.processors or plan.history):
+        if not (plan.added or plan.processors or plan.history):
             return logits
         x = logits.to(torch.float32, copy=True)
-        if plan.history is not None and plan.banned:
-            index, slots = plan.history[0].device
-            for part in self._parts(len(index)):
-                x[index[part]] = x[index[part]].masked_fill_(self._history[slots[part]] < 0, -torch.inf)
-        if plan.bans is not None:
-            x.view(-1).index_fill_(0, plan.bans.device, -torch.inf)
-        if plan.bias is not None:
-            x.view(-1).index_add_(0, plan.bias[0].device, plan.bias[1].device)
-        for i, processors, output in plan.processors:
-            for processor in processors:
-                changed = processor(output, x[i])
+        if plan.added is not None:
+            x.view(-1).index_add_(0, plan.added[0].device, plan.added[1].device)
+        for i, edits in plan.processors:
+            for processor in edits.processors:
+                changed = processor(edits.output, x[i])
                 if not isinstance(changed, Tensor) or changed.shape != x[i].shape:
                     raise RequestError(f"a logits processor must return logits of its row's shape, got {changed!r}")
                 x[i] = changed
-        if plan.history is not None and (plan.repetition or plan.additive):
-            self._penalise(x, plan, *plan.history)
+        if plan.history is not None:
+            self._ops.penalise(x, self._history, plan.history[0].device, plan.history[1].device)
         return x
-
-    def _penalise(self, x: Tensor, plan: SamplingPlan, places: Staged, penalties: Staged) -> None:
-        index, slots = places.device
-        for part in self._parts(len(index)):
-            rows, history = x[index[part]], self._history[slots[part]]
-            repetition, frequency, presence = penalties.device[:, part, None]
-            if plan.repetition:  # of tokens that are not allowed too, whose -inf stays
-                rows = torch.where(history != 0, torch.where(rows > 0, rows / repetition, rows * repetition), rows)
-            if plan.additive:
-                count = history & _COUNT
-                rows.sub_(frequency * count).sub_(presence * (count > 0))
-            x[index[part]] = rows
-
-    def _parts(self, num_rows: int) -> Iterator[slice]:
-        for begin in range(0, num_rows, self._rows_at_once):
-            yield slice(begin, min(begin + self._rows_at_once, num_rows))
-
-
-def _ends_with(output: list[int], ids: list[int]) -> bool:
-    return not ids or output[-len(ids) :] == ids

@@ -16,6 +16,7 @@ from engine.interfaces.device import Device, Event, MemoryInfo, MemoryManager
 from engine.interfaces.graph import CompilerOptions, Graph, GraphRuntime
 from engine.interfaces.kv_cache import KVCache, KVLayout
 from engine.interfaces.ops import (
+    DrawInputs,
     ExpertsMethod,
     ExpertsSpec,
     ExpertWeights,
@@ -41,6 +42,7 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "Domain",
+    "DrawInputs",
     "Event",
     "ExpertWeights",
     "ExpertsMethod",

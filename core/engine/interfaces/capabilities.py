@@ -60,9 +60,8 @@ class Domain:
         """A value just outside the domain, for tests of refusal; None if the domain has no outside."""
         if self.values is not None:
             return next(v for v in range(1, max(self.values) + 2) if v not in self.values)
-        if self.step > 1:
-            return self.low + 1
-        return None if self.high is None else self.high + 1
+        beyond = None if self.high is None else self.high + 1
+        return self.low + 1 if self.step > 1 else beyond
 
     def __str__(self) -> str:
         if self.values is not None:
@@ -72,7 +71,6 @@ class Domain:
 
 
 ANY = Domain()
-"""Every positive integer."""
 
 AttentionFeature = Literal[
     "sliding_window", "chunked", "softcap", "sinks", "alibi", "v_head_dim", "lse", "bidirectional"
@@ -89,7 +87,8 @@ class Capabilities:
     Attributes:
         dtypes: dtypes of weights and activations.
         kv_dtypes: dtypes that the KV cache may store.
-        head_dims: head sizes that attention takes (query and key; and value, unless `v_head_dim` is declared).
+        head_dims: head sizes that attention takes, of queries and keys, and of values as large as these.
+        v_head_dims: head sizes of other values, each with every one of `head_dims`, where `v_head_dim` is declared.
         block_sizes: tokens a KV block may hold.
         attention: optional attention features.
         quant_schemes: names of the weight quantisation schemes that `linear()` takes.
@@ -105,6 +104,7 @@ class Capabilities:
     dtypes: frozenset[torch.dtype] = frozenset((torch.float32, torch.bfloat16, torch.float16))
     kv_dtypes: frozenset[torch.dtype] = frozenset((torch.float32, torch.bfloat16, torch.float16))
     head_dims: Domain = ANY
+    v_head_dims: Domain = ANY
     block_sizes: Domain = ANY
     attention: frozenset[AttentionFeature] = frozenset()
     quant_schemes: frozenset[str] = frozenset()

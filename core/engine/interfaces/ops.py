@@ -1,30 +1,76 @@
-"""Operations that a platform may replace: token-wise ops, linear layers and experts."""
+"""Operations that a platform may replace: token-wise ops, drawing tokens, linear layers and experts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class DrawInputs:
+    """How S rows of logits [S, V] are drawn; each tensor [S], on the device. `engine_sdk.sampling` has the rule.
+
+    Attributes:
+        top_k: int64, 1 to V; 1 is greedy, V keeps all.
+        top_p: int64, in units of ``1 / ONE``; `ONE` keeps all.
+        cut: int64, ``-log2(min_p)`` in units of ``1 / LEVELS``; `LAST` keeps all.
+        u: int64, uniform in [0, 1), in units of ``1 / ONE``.
+        scale: fp32, positive and finite, ``log2(e) / temperature * LEVELS``.
+        max_top_k: the largest `top_k` above 1 and below V, 0 if there is none: known without asking the device.
+        any_top_p: whether a `top_p` is below `ONE`.
+        any_min_p: whether a `cut` is below `LAST`.
+    """
+
+    LEVELS: ClassVar[int] = 1 << 16
+    LAST: ClassVar[int] = 41 << 16
+    ONE: ClassVar[int] = 1 << 31
+
+    top_k: Tensor
+    top_p: Tensor
+    cut: Tensor
+    u: Tensor
+    scale: Tensor
+    max_top_k: int
+    any_top_p: bool
+    any_min_p: bool
+
+
+@dataclass(frozen=True)
 class OpSet:
-    """Token-wise operations. `engine_sdk.REFERENCE_OPS` has all in plain torch; a platform replaces what it has faster.
+    """Operations that wait for nothing. `engine_sdk.REFERENCE_OPS` has all in plain torch, to replace where faster.
 
     Attributes:
         rms_norm: (x [..., D], weight [D], eps) to ``x / sqrt(mean(x^2) + eps) * weight``, computed in fp32 and rounded
             once before the weight (Zhang and Sennrich, 2019, as Transformers' Llama has it).
+        add_rms_norm: (x, residual, weight, eps) to ``rms_norm(x + residual)`` and the sum, rounded to the dtype of `x`.
         silu_and_mul: (gate, up) to ``silu(gate) * up``, elementwise.
         rotary: (q [..., H, N, D], k [..., K, N, D], cos and sin [..., N, D]) to new q and k; the two halves of the
             rotated dimensions are pairs (Su et al., 2021, in GPT-NeoX's order).
+        draw: (logits [S, V] of any float dtype, `DrawInputs`) to token ids, int64 [S]; all rows are greedy with None.
+            The ids are exactly the reference's, whose arithmetic is the same on every device.
+        penalise: (logits fp32 [S, V], history int32 [slots, V], places int64 [2, R], penalties fp32 [3, R]) changes
+            rows ``places[0]`` of the logits by the histories in slots ``places[1]``. A history is negative (`BANNED`)
+            where a token is not allowed: -inf. Else it is the token's count in the output, plus `PROMPT` if the prompt
+            has it. The penalties are repetition (Keskar et al., 2019), frequency and presence (as OpenAI has them).
+        logprobs: (logits [L, V] of any float dtype, token ids int64 [L], K) to int32 [L, 2K + 3]: the token's id and
+            those of the K likeliest; the bits of their fp32 log probabilities; one more than how many are likelier.
     """
 
+    PROMPT: ClassVar[int] = 1 << 30
+    BANNED: ClassVar[int] = -(1 << 31)
+
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor, Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    draw: Callable[[Tensor, DrawInputs | None], Tensor]
+    penalise: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    logprobs: Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from engine.config import EngineArgs
-from engine.errors import UnsupportedModelError
+from engine.errors import ConfigError, UnsupportedModelError
 from engine.interfaces import Platform
 from engine.model import attention, experts, probe
 from engine.model.attention import AttentionLayer, StepContext
-from engine.model.checkpoint import read_index
 from engine.model.config import max_model_len, read_config, resolve_dtype
 from engine.model.linear import fuse
-from engine.model.load import LoadPlan, allocate, fill_dummy
+from engine.model.load import allocate, fill_dummy
 from engine.model.probe import Observations
 from engine.plugins import get_hooks
 
@@ -89,7 +88,7 @@ def load_model(args: EngineArgs, platform: Platform, *, progress: bool = False) 
     linear = platform.linear(None)
 
     model = build(config, dtype, trust_remote_code=args.trust_remote_code)
-    plan = LoadPlan(model, read_index(args.folder)) if args.load_format == "auto" else None
+    plan = _open(model, args) if args.load_format != "dummy" else None
     adapted = AdaptedModel(model)
     if adapter := get_hooks().engine_models().get(type(model).__name__):
         reserved = adapter(model, adapted.context)
@@ -119,6 +118,14 @@ def load_model(args: EngineArgs, platform: Platform, *, progress: bool = False) 
     use(model, attention.IMPLEMENTATION)
     _check_tokens_apart(adapted, device.torch_device)
     return adapted
+
+
+def _open(model: PreTrainedModel, args: EngineArgs) -> Any:
+    """A plan of what is read where, by the plugin that knows the load format."""
+    formats = get_hooks().engine_load_formats()
+    if args.load_format not in formats:
+        raise ConfigError(f"no load_format {args.load_format!r}; there are: dummy, {', '.join(sorted(formats))}")
+    return formats[args.load_format](model, args.folder)
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -1,0 +1,203 @@
+"""Weights: from a checkpoint straight into their final storage.
+
+A plan is made and checked first, from headers alone: where each tensor belongs, what Transformers renames or merges,
+what is missing. Once the model has its storage, every tensor is read once: into its place where dtype and device agree,
+through a small staging buffer otherwise.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers import core_model_loading as hf
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from engine.errors import CheckpointError
+from engine.extensions.checkpoints.files import Entry, read_index
+from engine.interfaces import Device
+from engine.model.linear import frozen
+from engine.model.load import pieces
+
+_STAGING_BYTES = 16 << 20
+_THREADS = 4
+_OTHER_MODEL = "config.json and the weights are not of the same model"
+
+Job = tuple[Entry, Tensor]
+"""An entry, and the tensor that takes it, which is contiguous."""
+
+
+@dataclass
+class _Merge:
+    """Entries of which Transformers makes other tensors, by the patterns that matched their names."""
+
+    converter: hf.WeightConverter
+    sources: dict[str, list[Entry]] = field(default_factory=dict)
+
+    def make(self, model: PreTrainedModel, name: str, load: Callable[[Entry], Tensor]) -> dict[str, Tensor]:
+        """The tensors by the names of their places, the first of which is `name`."""
+        converter: Any = deepcopy(self.converter)
+        for pattern, entries in self.sources.items():
+            for entry in entries:
+                converter.add_tensor(name, entry.name, pattern, lambda entry=entry: load(entry))
+        try:
+            made = converter.convert(name, model=model, config=model.config)
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            what = f"the tensors that make {name!r} do not fit together: {error}"
+            raise CheckpointError(f"{what}; {_OTHER_MODEL}") from error
+        return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
+
+    def slices(self, target: Tensor) -> list[Job] | None:
+        """Where each entry goes within `target`, if they are only stacked, and stacks joined; None otherwise."""
+        stacked = [(hf.MergeModulelist, 0)], [(hf.MergeModulelist, 0), (hf.Concatenate, 1)]
+        if [(type(op), getattr(op, "dim", None)) for op in self.converter.operations] not in stacked:
+            return None
+        jobs, begin = [], 0
+        for entries in (self.sources[p] for p in self.converter.source_patterns if p in self.sources):
+            rows = entries[0].shape[0]
+            jobs += [(entry, target[i].narrow(0, begin, rows)) for i, entry in enumerate(entries)]
+            begin += rows
+        return jobs
+
+
+class LoadPlan:
+    """Which entry of a folder's safetensors files goes where in a model, which is still on `meta`.
+
+    Where the configuration ties parameters whose values differ in the checkpoint, they are untied, as Transformers
+    does. Raises `CheckpointError` naming the tensors that are missing, left over, or of another shape, and the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        entries = read_index(folder)
+        self._model = model
+        self._direct: dict[str, Entry] = {}
+        self._merges: dict[str, _Merge] = {}
+        targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        unexpected = self._assign(entries, targets)
+        found: dict[str, Entry | Tensor] = dict(self._direct)
+        for name, merge in self._merges.items():
+            found |= merge.make(model, name, lambda entry: torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+        for name, tensor in found.items():
+            _check(tensor, targets, name)
+        _check_complete(model, targets, set(found), unexpected)
+        self._settle_ties(targets)
+
+    def _assign(self, entries: Mapping[str, Entry], targets: dict[str, Tensor]) -> set[str]:
+        """Sort the entries by what is to be done with them; those that have no place are returned."""
+        model, unexpected = self._model, set()
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, hf.WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, hf.WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        for source in sorted(entries, key=hf.dot_natural_key):
+            name, pattern = hf.rename_source_key(source, renamings, converters, model.base_model_prefix, targets)
+            if name not in targets and source in targets:
+                name, pattern = hf.rename_source_key(source, [], [], model.base_model_prefix, targets)
+            if name not in targets:
+                unexpected.add(name)
+            elif pattern is None:
+                self._direct[name] = entries[source]
+            else:
+                merge = self._merges.setdefault(name, _Merge(by_pattern[pattern]))
+                merge.sources.setdefault(pattern, []).append(entries[source])
+        return unexpected
+
+    def _settle_ties(self, targets: Mapping[str, Tensor]) -> None:
+        first: dict[int, str] = {}
+        for name, entry in list(self._direct.items()):
+            other = first.setdefault(id(targets[name]), name)
+            if other == name:
+                continue
+            if torch.equal(entry.load(), self._direct[other].load()):
+                del self._direct[name]
+            else:
+                path, _, attribute = name.rpartition(".")
+                setattr(self._model.get_submodule(path), attribute, frozen(targets[name].data))
+
+    def fill(self, device: Device, *, progress: bool = False) -> None:
+        """Read the weights into the model's parameters and persistent buffers, which have their storage by now.
+
+        Needs, beyond the weights, the staging buffers and the sources of one merged tensor at a time.
+        """
+        targets: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
+        jobs = [(entry, targets[name]) for name, entry in self._direct.items()]
+        merges = {}
+        for name, merge in self._merges.items():
+            if (stacked := merge.slices(targets[name])) is not None:
+                jobs += stacked
+            else:
+                merges[name] = merge
+        nbytes = {name: sum(e.nbytes for es in merge.sources.values() for e in es) for name, merge in merges.items()}
+        total = sum(entry.nbytes for entry, _ in jobs) + sum(nbytes.values())
+        disable = None if progress else True  # None: quiet unless standard error is a terminal
+        bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable)
+        staging = _Staging(device)
+
+        def read(job: Job) -> None:
+            staging.read(*job)
+            bar.update(job[0].nbytes)
+
+        with bar, torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(read, sorted(jobs, key=lambda job: (str(job[0].file), job[0].begin))))
+            for name, merge in merges.items():
+                for target, tensor in merge.make(self._model, name, Entry.load).items():
+                    targets[target].copy_(tensor)
+                bar.update(nbytes[name])
+        device.synchronize()
+
+
+class _Staging(threading.local):
+    """Reads entries into tensors; what cannot be read in place goes through a buffer that each thread has."""
+
+    def __init__(self, device: Device) -> None:
+        device.activate()
+        self._device = device
+        self._host = device.host_buffer((1,), torch.uint8).device
+        self._buffer: Tensor | None = None
+
+    def read(self, entry: Entry, target: Tensor) -> None:
+        """Fill `target`, which is contiguous, in its own dtype."""
+        if target.device == self._host and target.dtype == entry.dtype:
+            entry.read(target)
+            return
+        if self._buffer is None:
+            self._buffer = self._device.host_buffer((_STAGING_BYTES,), torch.uint8)
+        for begin, piece in pieces(target.view(-1), _STAGING_BYTES // entry.dtype.itemsize):
+            host = self._buffer[: piece.numel() * entry.dtype.itemsize].view(entry.dtype)
+            entry.read(host, begin)
+            piece.copy_(host)
+
+
+def _check(found: Entry | Tensor, targets: Mapping[str, Tensor], name: str) -> None:
+    """Raise `CheckpointError` unless `found` can be stored as `name`."""
+    what = f"{found.file}: {name!r}" if isinstance(found, Entry) else f"{name!r}, made of several tensors,"
+    if name not in targets:
+        raise CheckpointError(f"{what} has no place in the model; {_OTHER_MODEL}")
+    shape, dtype = list(targets[name].shape), targets[name].dtype
+    if list(found.shape) != shape:
+        raise CheckpointError(f"{what} has shape {list(found.shape)}, and the model needs {shape}; {_OTHER_MODEL}")
+    if found.dtype != dtype and not (found.dtype.is_floating_point and dtype.is_floating_point):
+        raise CheckpointError(f"{what} is {found.dtype}, and the model needs {dtype}; {_OTHER_MODEL}")
+
+
+def _check_complete(model: PreTrainedModel, targets: Mapping[str, Tensor], found: set[str], extra: set[str]) -> None:
+    """Raise `CheckpointError` for tensors that are missing or left over, but for those that Transformers ignores."""
+    loaded = {id(targets[name]) for name in found}
+    missing = {name for name, target in targets.items() if id(target) not in loaded}
+    needed = missing & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    rest: Any = SimpleNamespace(missing_keys=missing - needed, unexpected_keys=extra)
+    model._adjust_missing_and_unexpected_keys(rest)
+    for names, what in ((needed | rest.missing_keys, "lacks"), (rest.unexpected_keys, "has, and the model lacks,")):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise CheckpointError(f"the checkpoint {what} {shown}; {_OTHER_MODEL}, or a file is missing")
