@@ -26,7 +26,13 @@ CONTRACT = ("engine.interfaces", "engine.errors")
 STANDARD = tuple(sys.stdlib_module_names)
 
 DEVICES = {"cuda", "rocm", "hip", "gpu", "npu", "mlu", "musa", "xpu", "hpu", "tpu", "mps", "mtia", "privateuseone"}
-NO_DEVICE = {"gpu_memory_utilization"}  # an option that users know by this name
+NO_DEVICE = {"gpu_memory_utilization", "num_gpu_blocks"}  # an option and a metric that users know by these names
+BUILDS_ON = {
+    "engine.extensions.server": "engine.extensions.serving",
+    "engine.extensions.cli.serve": "engine.extensions.server",
+    "engine.extensions.cli.run_batch": "engine.extensions.server",
+}
+"""Extensions that need another one: the server the asynchronous engine, a command what it runs."""
 
 TORCH_FREE = (
     *("engine.request", "engine.step", "engine.config", "engine.errors", "engine.info", "engine.scheduler"),
@@ -36,6 +42,8 @@ STARTS_WITHOUT_TORCH = (
     *TORCH_FREE,
     "engine",
     "engine.extensions.cli",
+    "engine.extensions.cli.serve",
+    "engine.extensions.serving",
     "engine.hooks",
     "engine.discovery",
     "engine.plugins",
@@ -150,13 +158,15 @@ def core_imports_no_platform(modules: Tree) -> list[str]:
 
 
 def core_imports_no_extension(modules: Tree) -> list[str]:
-    """And an extension only itself: each can be deleted."""
+    """And an extension only itself, or what it declares to build on: each can be deleted."""
     return [
         f"{module} imports {target}"
         for module in modules
         if within(module, "engine")
         for target in imports(module, modules)
-        if within(target, "engine.extensions") and target.split(".")[:3] != module.split(".")[:3]
+        if within(target, "engine.extensions")
+        and target.split(".")[:3] != module.split(".")[:3]
+        and not any(within(module, m) and within(target, other) for m, other in BUILDS_ON.items())
     ]
 
 
@@ -251,6 +261,8 @@ PLANTED = [
         "import importlib\nimportlib.import_module('engine.extensions.server')",
     ),
     (core_imports_no_extension, "engine.extensions.lora", "from engine.extensions.grammar import mask"),
+    (core_imports_no_extension, "engine.extensions.serving", "from engine.extensions.server import ServerArgs"),
+    (core_imports_no_extension, "engine.extensions.server.app", "from engine.extensions.cli import main"),
     (core_names_no_device, "engine.runner", "x.cuda()"),
     (core_names_no_device, "engine.runner", "torch.npu.synchronize()"),
     (core_names_no_device, "engine.runner", "if x.is_cuda: ..."),

@@ -113,6 +113,6 @@ def test_changelog_has_the_version() -> None:
 
 
 def test_installed_metadata_is_of_this_checkout() -> None:
-    declared = PROJECT["project"]["entry-points"]["engine.platforms"]
-    installed = {point.name: point.value for point in entry_points(group="engine.platforms")}
-    assert declared.items() <= installed.items(), "run scripts/setup again: the installed entry points are older"
+    for group, declared in PROJECT["project"]["entry-points"].items():
+        installed = {point.name: point.value for point in entry_points(group=group)}
+        assert declared.items() <= installed.items(), f"run scripts/setup again: what is installed of {group} is older"

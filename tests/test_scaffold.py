@@ -1,6 +1,6 @@
 """`engine plugin new`: what it writes is a plugin that is found, runs, and passes, with nothing added."""
 
-import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -13,8 +13,8 @@ import pytest
 
 from engine.contract import check_platform
 from engine.extensions.cli import main
-from engine_sdk import REFERENCE_OPS
 from engine_sdk.scaffold import TEMPLATE, write_plugin
+from engine_sdk.triton.platform import TritonPlatform
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,6 @@ def test_it_is_a_whole_repository(repository: Path) -> None:
     noted = tomllib.loads((repository / ".engine-plugin.toml").read_text())
     assert noted == {"template": TEMPLATE, "name": "mychip", "device_type": "cpu", "triton": False}
     assert "${{ matrix.python }}" in (repository / ".github/workflows/conformance.yml").read_text()
-    again = "engine plugin new mychip --device-type cpu --directory /tmp/template\n"
-    assert again in (repository / "README.md").read_text()
 
 
 def test_it_is_found(repository: Path, environment: dict[str, str]) -> None:
@@ -95,23 +93,45 @@ def test_a_later_template_can_be_written_beside_it(environment: dict[str, str], 
     assert (tmp_path / "engine-plugin-mychip/README.md").is_file()
 
 
-def test_triton_is_imported_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_needed_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = write_plugin("chip_two", "xpu", triton=True, directory=tmp_path)
-    ast.parse((made / "engine_chip_two/kernels.py").read_text())
-    assert "--device-type xpu --triton --directory" in (made / "README.md").read_text()
+    assert tomllib.loads((made / ".engine-plugin.toml").read_text())["triton"] is True
     monkeypatch.syspath_prepend(made)
+    monkeypatch.setitem(sys.modules, "triton", None)
     from engine_chip_two import ChipTwoPlatform  # type: ignore[import-not-found]
 
+    assert issubclass(ChipTwoPlatform, TritonPlatform)
     assert check_platform(ChipTwoPlatform, "chip_two") is None
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert ChipTwoPlatform().ops() == REFERENCE_OPS
-    stand_in = tmp_path / "stand_in"
-    stand_in.mkdir()
-    (stand_in / "triton.py").write_text("raise OSError('Triton was imported')\n")
     monkeypatch.delitem(sys.modules, "triton")
-    monkeypatch.syspath_prepend(stand_in)
-    with pytest.raises(OSError, match="Triton was imported"):
-        ChipTwoPlatform().ops()
+    for place, reason in ((None, "Triton is not installed"), (object(), "xpu")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, place=place: place)
+        assert reason in ChipTwoPlatform.probe().reason
+
+
+def test_a_later_template_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing differs at first; then the patch brings back a file that is gone, and undoes a change."""
+    made = write_plugin("chip", directory=tmp_path)
+    assert main(["plugin", "diff", str(made)]) == 0
+    assert capsys.readouterr().out == ""
+    before = {path: path.read_text() for path in made.rglob("*") if path.is_file()}
+    (made / "tests/test_conformance.py").unlink()
+    (made / ".engine-plugin.toml").write_text(before[made / ".engine-plugin.toml"].replace(f"= {TEMPLATE}", "= 0"))
+    (made / "engine_chip/platform.py").write_text("# no newline at the end")
+    (made / "engine_chip/kernels.py").write_text("mine = 1\n")
+    assert main(["plugin", "diff", str(made)]) == 0
+    patch = capsys.readouterr().out
+    assert f"-template = 0\n+template = {TEMPLATE}\n" in patch
+    assert "mine" not in patch
+    subprocess.run(["git", "apply", "-"], cwd=made, input=patch, text=True, check=True)
+    assert {path: path.read_text() for path in before} == before
+
+
+def test_a_folder_of_another_origin_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in (None, "name = 3", "]"):
+        if text is not None:
+            (tmp_path / ".engine-plugin.toml").write_text(text)
+        assert main(["plugin", "diff", str(tmp_path)]) == 2
+        assert "remedy: name a folder that engine plugin new wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,30 @@
 """The SDK's parts where conformance cannot see them: other layouts, tiny tiles, fake kernels and fake hosts."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pluggy
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor
 
+import engine.hooks
 import engine.interfaces
 import engine_conformance.plugin
 import engine_sdk
 from engine.config import EngineArgs
 from engine.contract import check_platform
-from engine_conformance.cases import Case, Row, cases, certify, check
+from engine_conformance.arena import check
+from engine_conformance.cases import SCALES, Case, Row, cases
 from engine_conformance.reference import excess
 from engine_conformance.test_ops import routed, silu_gate
 from engine_cpu import CpuPlatform
@@ -27,6 +32,7 @@ from engine_cuda import CudaPlatform
 from engine_rocm import RocmPlatform, architectures
 from engine_sdk import (
     AttentionBackend,
+    AttentionBatch,
     AttentionSpec,
     Capabilities,
     CommunicatorError,
@@ -37,12 +43,17 @@ from engine_sdk import (
     GroupSpec,
     HeadMajor,
     MemoryInfo,
+    PagedLayout,
+    Tiled,
+    TokenMajor,
     TorchAttention,
     TorchExperts,
     TorchMemory,
     TorchPlatform,
     UnsupportedCapability,
+    after_decodes,
     host_memory,
+    require_attention,
 )
 
 
@@ -57,6 +68,40 @@ class Host(TorchPlatform):
 class HeadMajorHost(Host):
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         return TorchAttention(spec, layout=HeadMajor, declared=self.capabilities())
+
+
+class TiledHost(Host):
+    """Keys and values apart, in tiles of 8 lanes, of which head sizes are multiples."""
+
+    def capabilities(self) -> Capabilities:
+        return dataclasses.replace(super().capabilities(), head_dims=Domain.multiples(8, high=256))
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return TorchAttention(spec, layout=partial(Tiled, lanes=8), declared=self.capabilities())
+
+
+class Strange(PagedLayout):
+    """A vendor's own: tokens from the last to the first, values before keys, and no tensor of four dimensions."""
+
+    def bind(self, storage: Tensor, num_blocks: int) -> Tensor:
+        blocks = storage.view(self.kv_dtype).view(num_blocks, -1)
+        width = self.num_kv_heads * (self.head_dim + self.v_head_dim)
+        tokens: Tensor = blocks[:, : self.block_size * width].unflatten(1, (self.block_size, width))
+        return tokens
+
+    def write(self, cache: Tensor, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        tokens = torch.cat((values.flatten(1), keys.flatten(1)), 1)
+        cache.index_put_((blocks, self.block_size - 1 - offsets), tokens.to(cache.dtype))
+
+    def gather(self, cache: Tensor, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        both = cache[blocks].flip(1).split((values[0, 0].numel(), keys[0, 0].numel()), 2)
+        values.copy_(both[0].view_as(values))
+        keys.copy_(both[1].view_as(keys))
+
+
+class StrangeHost(Host):
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        return TorchAttention(spec, layout=Strange, declared=self.capabilities())
 
 
 class SmallHost(Host):
@@ -79,7 +124,27 @@ def test_reexports_the_contract() -> None:
     assert all(hasattr(engine_sdk, name) for name in engine_sdk.__all__)
 
 
-@pytest.mark.parametrize("platform", [Host, HeadMajorHost, SmallHost])
+def test_every_name_is_documented() -> None:
+    """Each exported class and function says what it is, and a page of the reference has its module."""
+    folder = Path(__file__).parents[1] / "docs"
+    pages = (folder / "vendors/contract.md").read_text() + (folder / "reference/sdk.md").read_text()
+    for name in engine_sdk.__all__:
+        value = getattr(engine_sdk, name)
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value is not Any:
+            assert inspect.getdoc(value), name
+            assert f"::: {value.__module__}\n" in pages, name
+
+
+def test_the_marker_of_hooks_is_the_engines() -> None:
+    """A module of hooks that imports nothing else is registered, and called."""
+    assert engine_sdk.hookimpl.project_name == engine.hooks.PROJECT
+    manager = pluggy.PluginManager(engine.hooks.PROJECT)
+    manager.add_hookspecs(engine.hooks)
+    manager.register(SimpleNamespace(engine_models=engine_sdk.hookimpl(lambda: {"Mine": print})))
+    assert manager.hook.engine_models() == [{"Mine": print}]
+
+
+@pytest.mark.parametrize("platform", [Host, TiledHost, SmallHost])
 def test_subclasses_keep_the_contract(platform: type[TorchPlatform]) -> None:
     assert check_platform(platform, "host") is None
 
@@ -90,6 +155,22 @@ def test_platforms_keep_the_contract(platform: type[TorchPlatform]) -> None:
     assert not platform.probe().available or platform is CpuPlatform or platform.probe().devices
 
 
+def test_a_deprecation_warns_when_the_class_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine_sdk.deprecation.DEPRECATED, "Platform.compiler", "use compilers(), from 1.4 on")
+    with pytest.warns(
+        DeprecationWarning, match=r"Late\.compiler will be removed: use compilers\(\), from 1\.4 on"
+    ) as told:
+
+        class Late(Host):
+            def compiler(self) -> None:
+                return None
+
+    assert told[0].filename == __file__
+
+    class Fine(Host):
+        pass
+
+
 def test_platforms_import_no_compiler() -> None:
     code = "import sys, engine_cpu, engine_cuda, engine_rocm; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -98,16 +179,68 @@ def test_platforms_import_no_compiler() -> None:
 # Attention
 
 
-@pytest.mark.parametrize("feature", ["causal", "sliding_window", "chunked", "alibi"])
-def test_head_major_layout(feature: str) -> None:
-    platform = HeadMajorHost()
+@pytest.mark.parametrize("host", [HeadMajorHost, TiledHost, StrangeHost])
+@pytest.mark.parametrize("feature", ["causal", "sliding_window", "alibi", "v_head_dim"])
+def test_other_layouts(host: type[TorchPlatform], feature: str) -> None:
+    platform = host()
 
-    @certify(15)
+    @SCALES["smoke"].certify(15)
     @given(cases(platform.capabilities(), feature))
     def drawn(case: Case) -> None:
         check(platform, platform.attention(case.spec), case)
 
     drawn()
+
+
+@pytest.mark.parametrize("layout", [TokenMajor, HeadMajor, partial(Tiled, lanes=16), Strange])
+@pytest.mark.parametrize("value_dim", [32, 16, 64])
+def test_layouts_keep_every_bit(layout: Callable[..., PagedLayout], value_dim: int) -> None:
+    """What is written token by token is exported, copied and imported, in blocks with padding, and nowhere else."""
+    made, blocks, padding = layout(8, 2, 32, value_dim, torch.float16), 5, 256
+    storage = torch.zeros(blocks * (made.block_bytes + padding), dtype=torch.uint8)
+    cache = made.bind(storage, blocks)
+    keys, values = torch.randn(16, 2, 32), torch.randn(16, 2, value_dim)
+    order = torch.randperm(16)
+    at = torch.tensor([3, 1])[order // 8], order % 8
+    made.write(cache, *at, keys[order], values[order])
+    expected = keys.half().view(2, 8, 2, 32), values.half().view(2, 8, 2, value_dim)
+    assert all(map(torch.equal, made.export_blocks(cache, torch.tensor([3, 1])), expected))
+    made.copy_blocks(cache, torch.tensor([3, 1]), torch.tensor([2, 4]))
+    assert all(map(torch.equal, made.export_blocks(cache, torch.tensor([2, 4])), expected))
+    assert not any(part.any() for part in made.export_blocks(cache, torch.tensor([0])))
+    made.import_blocks(cache, torch.tensor([0, 3]), *made.export_blocks(cache, torch.tensor([1, 2])))
+    assert all(map(torch.equal, made.export_blocks(cache, torch.tensor([3, 0])), expected))
+    assert int((storage.view(torch.float16) != 0).sum()) == blocks * 8 * 2 * (32 + value_dim), "nothing but the blocks"
+
+
+def test_tiles_fit_their_lanes() -> None:
+    with pytest.raises(UnsupportedCapability, match=r"head_dims: 40 .*multiples"):
+        Tiled(16, 2, 40, 40, torch.float16)
+
+
+def test_decodes_and_the_rest_apart() -> None:
+    """A backend that hands all but the decodes on, as one with a decode kernel of its own does."""
+
+    class Apart(TorchAttention):
+        def plan(self, batch: AttentionBatch) -> Any:
+            num = batch.num_decodes
+            decodes = dataclasses.replace(
+                batch,
+                query_start=batch.query_start[: num + 1],
+                seq_lens=batch.seq_lens[:num],
+                slots=batch.slots[:num],
+                query_start_host=batch.query_start_host[: num + 1],
+                seq_lens_host=batch.seq_lens_host[:num],
+            )
+            return num, super().plan(decodes), super().plan(after_decodes(batch))
+
+        def forward(self, q: Tensor, k: Any, v: Any, cache: Any, plan: Any, out: Tensor, **extras: Any) -> None:
+            num, decodes, rest = plan
+            super().forward(q[num:], k[num:], v[num:], cache, rest, out[num:])
+            super().forward(q[:num], k[:num], v[:num], cache, decodes, out[:num])
+
+    rows = (Row(40, 1), Row(0, 1), Row(17, 1), Row(30, 30), Row(64, 10))
+    check(Host(), Apart(layer()), Case(layer(), 16, rows, empty_rows=1))
 
 
 @pytest.mark.parametrize("feature", ["causal", "sliding_window", "chunked", "sinks", "bidirectional", "lse"])
@@ -117,7 +250,7 @@ def test_small_tiles(monkeypatch: pytest.MonkeyPatch, feature: str) -> None:
     monkeypatch.setattr("engine_sdk.attention._HOST_SCORES", 500)
     platform = Host()
 
-    @certify(15)
+    @SCALES["smoke"].certify(15)
     @given(cases(platform.capabilities(), feature))
     def drawn(case: Case) -> None:
         check(platform, platform.attention(case.spec), case)
@@ -139,7 +272,7 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": torch.bfloat16}, "dtypes"),
         ({"kv_dtype": torch.int8}, "kv_dtypes"),
         ({"head_dim": 80, "v_head_dim": 80}, "head_dims"),
-        ({"v_head_dim": 32}, "head_dims"),
+        ({"v_head_dim": 32}, "v_head_dim"),
         ({"window": 7}, "sliding_window"),
         ({"chunk": 7}, "chunked"),
         ({"sinks": True}, "sinks"),
@@ -151,6 +284,25 @@ def test_refuses_undeclared_layers(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(UnsupportedCapability) as caught:
         SmallHost().attention(layer(**changes))
     assert caught.value.name == name
+
+
+def test_values_have_sizes_of_their_own() -> None:
+    """As in latent attention, whose keys are longer than its values."""
+    keys, values = Domain.of(192, 576), Domain.of(128, 512)
+    declared = Capabilities(attention=frozenset({"v_head_dim"}), head_dims=keys, v_head_dims=values)
+    require_attention(declared, layer(head_dim=192, v_head_dim=128))
+    require_attention(declared, layer(head_dim=576, v_head_dim=576))
+    for changes, name in (({"head_dim": 128}, "head_dims"), ({"head_dim": 192, "v_head_dim": 64}, "v_head_dims")):
+        with pytest.raises(UnsupportedCapability) as caught:
+            require_attention(declared, layer(**changes))
+        assert caught.value.name == name
+
+
+def test_a_refused_dtype_has_a_remedy() -> None:
+    with pytest.raises(UnsupportedCapability, match="use --dtype float16 or --dtype float32"):
+        SmallHost().attention(layer(dtype=torch.bfloat16))
+    with pytest.raises(UnsupportedCapability, match="or --kv-cache-dtype float16 or"):
+        SmallHost().attention(layer(kv_dtype=torch.int8))
 
 
 def test_refuses_undeclared_calls() -> None:

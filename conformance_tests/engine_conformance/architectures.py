@@ -20,7 +20,9 @@ import torch
 from engine import LLM, RequestOutput, SamplingParams
 from engine.errors import UnsupportedCapability, UnsupportedModelError
 from engine.plugins import load_platform
-from engine_conformance.tiny_models import UNRUNNABLE, tiny_model
+from engine_conformance.cases import members
+from engine_conformance.tiny_models import UNRUNNABLE, tiny_config, tiny_model
+from engine_sdk import Capabilities
 
 TOLERANCE = 1e-4
 """Largest difference of log probabilities in fp32. A token within it of the likeliest one counts as a tie.
@@ -61,9 +63,9 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
     """Build a tiny model of architecture `name`, run it on `platform`, compare; the engine's faults are outcomes."""
     if name in UNRUNNABLE:
         return Outcome(name, "refused", f"no reference: {UNRUNNABLE[name]}")
-    model: Any = tiny_model(name, dtype=dtype)
-    allowed = load_platform(platform).capabilities().block_sizes
-    block_size = next((size for size in range(4, 1025) if size in allowed), 16)
+    declared = load_platform(platform).capabilities()
+    model: Any = tiny_model(name, dtype=dtype, **head_size(name, declared))
+    block_size = small_block(declared)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
@@ -90,6 +92,20 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
     if not (preemptions and cached) and block_size <= 4:  # larger blocks leave these sequences nothing to fight for
         return Outcome(name, "wrong", "the run had no preemption, or no prefix hit", worst, preemptions, cached)
     return Outcome(name, "right", "", worst, preemptions, cached)
+
+
+def head_size(name: str, declared: Capabilities) -> dict[str, Any]:
+    """A head size that the platform declares, for `tiny_model`; none where the usual one will do, or cannot be set."""
+    config = tiny_config(name)
+    usual = getattr(config, "head_dim", None)
+    if usual is None or usual in declared.head_dims or hasattr(config, "kv_lora_rank"):
+        return {}
+    return {"head_dim": members(declared.head_dims, (32, 64, 128))[0]}
+
+
+def small_block(declared: Capabilities) -> int:
+    """The smallest declared block size from 4 on."""
+    return next((size for size in range(4, 1025) if size in declared.block_sizes), 16)
 
 
 def _prompts(name: str) -> list[list[int]]:

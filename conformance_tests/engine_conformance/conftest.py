@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine_conformance.plugin import EXAMPLES, platforms
+from engine_conformance.cases import SCALES, Scale
+from engine_conformance.plugin import platforms
 from engine_sdk import Capabilities, Platform
 
 
@@ -23,6 +24,6 @@ def capabilities(conformance_platform: Platform) -> Capabilities:
 
 
 @pytest.fixture(scope="session")
-def examples(request: pytest.FixtureRequest) -> int:
-    """How many times a smoke run's examples to draw."""
-    return EXAMPLES[request.config.getoption("conformance_profile")]
+def scale(request: pytest.FixtureRequest) -> Scale:
+    """How many examples a case draws, and how large they may be."""
+    return SCALES[request.config.getoption("conformance_profile")]

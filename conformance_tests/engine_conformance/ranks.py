@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import tempfile
 import time
 import traceback
@@ -17,12 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.plugins import load_platform
-from engine_sdk import Communicator, CommunicatorError, GroupSpec, Platform
+from engine_sdk import Communicator, CommunicatorError, GroupSpec, Platform, UnsupportedCapability
 
 TIMEOUT = 5.0
 """Seconds after which a collective that a rank did not enter must have ended."""
 
-_PATIENCE = 240.0
+_START = 240.0
+"""Seconds until the processes have begun."""
+
+_PATIENCE = 10 * TIMEOUT
+"""Seconds without a sign of any rank after which they hang."""
+
+_LARGEST = {torch.float32: 1 << 20, torch.bfloat16: 40, torch.float16: 500, torch.int32: 1 << 24, torch.int64: 1 << 40}
+"""Largest integers of which four add up exactly in a dtype, and do not in a smaller one."""
 
 
 class World:
@@ -31,6 +39,7 @@ class World:
     def __init__(self, platform: Platform, rank: int, size: int) -> None:
         self.platform, self.rank, self.size = platform, rank, size
         self.device = platform.device().torch_device
+        self.dtypes = sorted(platform.capabilities().dtypes, key=str)
 
     def group(self, role: str = "tp", ranks: tuple[int, ...] | None = None) -> Communicator:
         """A new communicator over all ranks, or some."""
@@ -39,7 +48,8 @@ class World:
     def integers(self, rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """What rank `rank` brings: small integers, the same on every process that asks."""
         generator = torch.Generator().manual_seed(rank)
-        return torch.randint(-8, 9, shape, generator=generator).to(dtype).to(self.device)
+        most = _LARGEST[dtype]
+        return torch.randint(-most, most + 1, shape, generator=generator).to(dtype).to(self.device)
 
     def everyone(self, *shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """What each rank brings."""
@@ -57,77 +67,145 @@ Check = Callable[[World], None]
 def run_ranks(platform: str, checks: Mapping[str, Check], size: int) -> dict[str, str]:
     """Run every check on every rank; returns the failures, the ranks' tracebacks by the check's name."""
     context = multiprocessing.get_context("spawn")
-    failures: Any = context.Queue()
+    reports: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        arguments = (platform, dict(checks), size, store, failures)
+        arguments = (platform, dict(checks), size, store, reports)
         processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
         for process in processes:
             process.start()
-        return _collect(processes, failures)
+        return _collect(processes, reports)
 
 
-def _collect(processes: list[Any], failures: Any) -> dict[str, str]:
+def _collect(processes: list[Any], reports: Any) -> dict[str, str]:
     found: dict[str, str] = {}
-    finished = 0
-    end = time.monotonic() + _PATIENCE
-    while finished < len(processes) and time.monotonic() < end:
+    running = dict.fromkeys(range(len(processes)), "the start")
+    end = time.monotonic() + _START
+    while running and time.monotonic() < end:
         try:
-            name, text = failures.get(timeout=0.5)
+            rank, label, text = reports.get(timeout=0.5)
         except Empty:
             if any(process.exitcode not in (None, 0) for process in processes):
                 break
             continue
-        if name is None:
-            finished += 1
+        end = time.monotonic() + _PATIENCE
+        if text:
+            found[label] = found.get(label, "") + text
+        elif label:
+            running[rank] = label
         else:
-            found[name] = found.get(name, "") + text
-    if finished < len(processes):
+            del running[rank]
+    if running:
         codes = [process.exitcode for process in processes]
-        found["the processes"] = f"did not finish: exit codes {codes} (None: still running after {_PATIENCE:g} s)"
+        at = ", ".join(f"rank {rank} in {label}" for rank, label in sorted(running.items()))
+        text = f"did not finish: {at}; exit codes {codes} (None: still running {_PATIENCE:g} s after the last sign)"
+        found["the processes"] = text
     for process in processes:
-        process.join(5 if finished == len(processes) else 0)
+        process.join(0 if running else 5)
         process.kill()
     return found
 
 
-def _rank(rank: int, name: str, checks: dict[str, Check], size: int, store: str, failures: Any) -> None:
+def _rank(rank: int, name: str, checks: dict[str, Check], size: int, store: str, reports: Any) -> None:
     torch.set_num_threads(1)
     platform = load_platform(name, rank)
     platform.device().activate()
     dist.init_process_group(init_method=f"file://{store}", rank=rank, world_size=size)
     world = World(platform, rank, size)
     for label, check in checks.items():
+        reports.put((rank, label, ""))
         try:
             check(world)
         except BaseException:
-            failures.put((label, f"rank {rank}:\n{traceback.format_exc()}"))
+            reports.put((rank, label, f"rank {rank}:\n{traceback.format_exc()}"))
         dist.barrier()  # a check that failed on one rank must not desynchronise the next
-    failures.put((None, ""))
+    reports.put((rank, "", ""))
 
 
 def all_reduce(world: World) -> None:
     """Exact sums, of several sizes and dtypes; inputs are kept, and results are the same bits everywhere."""
     group = world.group()
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for shape in ((1,), (7,), (3, 5), (64, 129), (0, 4), (300_000,)):
+    for dtype in world.dtypes:
+        for shape in ((1,), (7,), (3, 5), (64, 129), (0, 4), (300_000,), ()):
             parts = world.everyone(*shape, dtype=dtype)
             mine = parts[world.rank].clone()
             got = group.all_reduce(mine)
             assert torch.equal(mine, parts[world.rank]), "the input was changed"
+            assert (got.dtype, got.device) == (dtype, mine.device)
             assert torch.equal(got, total(parts)), (dtype, shape)
     strided = world.integers(world.rank, 8, 6)[:, ::2]
     assert torch.equal(group.all_reduce(strided), total(world.everyone(8, 6))[:, ::2]), "strided input"
+    expanded = world.integers(world.rank, 1, 6).expand(4, 6)
+    assert torch.equal(group.all_reduce(expanded), total(world.everyone(1, 6)).expand(4, 6)), "expanded input"
 
 
 def same_bits(world: World) -> None:
-    """Sums that need rounding come out the same on every rank."""
+    """Sums that need rounding come out the same on every rank, each time, and are as good as their dtype allows."""
     group = world.group()
-    for dtype in (torch.bfloat16, torch.float32):
-        noise = torch.randn(5000, generator=torch.Generator().manual_seed(world.rank)).to(dtype).to(world.device)
-        got = group.all_reduce(noise)
+    for dtype in world.dtypes:
+        noise = [
+            torch.randn(5000, generator=torch.Generator().manual_seed(rank)).to(dtype) for rank in range(world.size)
+        ]
+        mine = noise[world.rank].to(world.device)
+        got = group.all_reduce(mine)
         first, *others = group.all_gather(got[None]).unbind(0)
         assert all(torch.equal(first, other) for other in others), dtype
+        exact = torch.stack(noise).double()
+        error = (got.cpu().double() - exact.sum(0)).abs()
+        unit = torch.finfo(dtype).eps / 2
+        assert (error <= world.size * unit * exact.abs().sum(0) + torch.finfo(dtype).tiny).all(), dtype
+        if world.platform.capabilities().deterministic:
+            assert torch.equal(group.all_reduce(mine), got), "the same call gave other bits"
+
+
+def results_stay(world: World) -> None:
+    """Results are tensors of their own: later calls, and changes of the input, leave them as they are."""
+    group = world.group()
+    mine = world.integers(world.rank, 4, world.size * 3)
+    want = total(world.everyone(4, world.size * 3))
+    calls: list[Callable[[Tensor], Tensor]] = [
+        group.all_reduce,
+        lambda x: group.all_gather(x, 1),
+        lambda x: group.all_gather(x, 1, [x.shape[1]] * world.size),
+    ]
+    held = [(call, call(mine)) for call in calls]
+    copies = [got.clone() for _, got in held]
+    assert torch.equal(held[0][1], want)
+    changed = mine.clone()
+    for call in calls:
+        call(changed * 2 + 1)
+    mine.fill_(-5)
+    for (_, got), copy in zip(held, copies, strict=True):
+        assert torch.equal(got, copy), "a result was overwritten"
+    held[0][1].fill_(7)
+    assert bool((mine == -5).all()), "a result shares the input's memory"
+
+
+def many_calls(world: World) -> None:
+    """Hundreds of calls of sizes in no order, each used at once by what comes next."""
+    group = world.group()
+    draw = random.Random(0)
+    for step in range(150):
+        size = draw.choice((1, 3, 64, 1000, 4097, 60_000))
+        mine = torch.full((size,), float(world.rank + step), device=world.device)
+        want = float(sum(rank + step for rank in range(world.size)))
+        if step % 3 == 0:
+            assert bool(group.all_gather(mine)[-1] == world.size - 1 + step), step
+        assert bool((group.all_reduce(mine) * 2 == 2 * want).all()), (step, size)
+
+
+def late_ranks(world: World) -> None:
+    """A result is complete when it is used, however late the others come."""
+    group = world.group()
+    for late in range(world.size):
+        mine = world.integers(world.rank, 100_000)
+        if world.rank == late:
+            time.sleep(0.3)
+        got = group.all_reduce(mine) + 1
+        assert torch.equal(got, total(world.everyone(100_000)) + 1), f"rank {late} came late"
+        if world.rank == late:
+            time.sleep(0.3)
+        assert torch.equal(group.all_gather(mine[None]), torch.stack(world.everyone(100_000))), f"rank {late} came late"
 
 
 def all_gather(world: World) -> None:
@@ -138,6 +216,15 @@ def all_gather(world: World) -> None:
         assert torch.equal(group.all_gather(parts[world.rank], dim), torch.cat(parts, dim)), dim
         strided = parts[world.rank].transpose(0, 2)
         assert torch.equal(group.all_gather(strided, dim), torch.cat([p.transpose(0, 2) for p in parts], dim)), dim
+    for dtype in (*world.dtypes, torch.int64, torch.int32):
+        others = world.everyone(3, 2, dtype=dtype)
+        mine = others[world.rank].clone()
+        assert torch.equal(group.all_gather(mine), torch.cat(others)), dtype
+        assert torch.equal(mine, others[world.rank]), "the input was changed"
+    assert group.all_gather(torch.ones(0, 4, device=world.device)).shape == (0, 4)
+    none = [0] * (world.size - 1) + [2]
+    last = world.integers(world.size - 1, 2, 3)
+    assert torch.equal(group.all_gather(last[: none[world.rank]], 0, none), last), "parts that are empty"
     sizes = [3 * rank for rank in range(world.size)]
     uneven = [world.integers(rank, 2, size) for rank, size in enumerate(sizes)]
     assert torch.equal(group.all_gather(uneven[world.rank], 1, sizes), torch.cat(uneven, 1)), "uneven"
@@ -162,9 +249,18 @@ def all_to_all(world: World) -> None:
         return torch.full((src + 2 * dst, 3), 10.0 * src + dst, device=world.device)
 
     ranks = range(world.size)
+    empty = group.all_to_all(torch.ones(0, 3, device=world.device), [0] * world.size, [0] * world.size)
+    assert empty.shape == (0, 3)
     send, receive = ([len(rows(world.rank, r)) for r in ranks], [len(rows(r, world.rank)) for r in ranks])
     got = group.all_to_all(torch.cat([rows(world.rank, r) for r in ranks]), send, receive)
     assert torch.equal(got, torch.cat([rows(r, world.rank) for r in ranks]))
+    one_way = [5 if r == 0 else 0 for r in ranks]  # all rows go to the first rank
+    strided = world.integers(world.rank, 3, 5).T
+    before = strided.clone()
+    got = group.all_to_all(strided, one_way, [5 if world.rank == 0 else 0] * world.size)
+    parts = [x.T for x in world.everyone(3, 5)] if world.rank == 0 else [strided[:0]]
+    assert torch.equal(got, torch.cat(parts)), "all rows to one rank"
+    assert torch.equal(strided, before), "the input was changed"
 
 
 def broadcast(world: World) -> None:
@@ -174,6 +270,10 @@ def broadcast(world: World) -> None:
         mine = world.integers(world.rank, 5, 2)
         assert torch.equal(group.broadcast(mine, src), world.integers(src, 5, 2)), src
         assert torch.equal(mine, world.integers(world.rank, 5, 2)), "the input was changed"
+        ids = world.integers(world.rank, 3, dtype=torch.int64)
+        assert torch.equal(group.broadcast(ids, src), world.integers(src, 3, dtype=torch.int64)), src
+        assert torch.equal(group.broadcast(mine.T, src), world.integers(src, 5, 2).T), "strided input"
+        assert group.broadcast(mine[:0], src).shape == (0, 2)
 
 
 def send_receive(world: World) -> None:
@@ -182,14 +282,19 @@ def send_receive(world: World) -> None:
     if world.size == 1:
         return
     after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    mine = world.integers(world.rank, 6, 4).to(torch.bfloat16)
-    if world.rank % 2 == 0:
-        group.send(mine, after)
-        got = group.receive(mine, before)
-    else:
-        got = group.receive(mine, before)
-        group.send(mine, after)
-    assert torch.equal(got, world.integers(before, 6, 4).to(torch.bfloat16))
+    for dtype in (world.dtypes[0], torch.float32, torch.int64):
+        mine, like = world.integers(world.rank, 6, 4, dtype=dtype).T, world.integers(world.rank, 4, 6, dtype=dtype)
+        if world.rank == 0:
+            group.send(mine, after)
+            got = group.receive(like, before)
+        else:
+            got = group.receive(like, before)
+            group.send(mine, after)
+        assert torch.equal(got, world.integers(before, 6, 4, dtype=dtype).T)
+        assert torch.equal(like, world.integers(world.rank, 4, 6, dtype=dtype)), (
+            "the tensor that says the shape was changed"
+        )
+        assert torch.equal(mine, world.integers(world.rank, 6, 4, dtype=dtype).T), "the input was changed"
 
 
 def overlapping_groups(world: World) -> None:
@@ -201,6 +306,61 @@ def overlapping_groups(world: World) -> None:
     assert torch.equal(first.all_reduce(mine), total(world.everyone(9)))
     assert torch.equal(second.all_gather(mine[None]), torch.stack(world.everyone(9)))
     assert (alone.rank, alone.size, first.rank, first.size) == (0, 1, world.rank, world.size)
+
+
+def group_order(world: World) -> None:
+    """The group's order counts, not the ranks' numbers; a group need not have all ranks, and others do not wait."""
+    backwards = tuple(reversed(range(world.size)))
+    group = world.group("tp", backwards)
+    assert group.rank == world.size - 1 - world.rank
+    mine = world.integers(world.rank, 2, 3)
+    want = torch.cat([world.integers(rank, 2, 3) for rank in backwards])
+    assert torch.equal(group.all_gather(mine), want), "gathered in another order"
+    assert torch.equal(group.all_gather(mine, 0, [2] * world.size), want), "gathered in another order"
+    scattered = group.reduce_scatter(torch.arange(2.0 * world.size, device=world.device))
+    assert torch.equal(scattered, world.size * torch.arange(2.0, device=world.device) + 2 * world.size * group.rank)
+    for src in range(world.size):
+        assert torch.equal(group.broadcast(mine, src), world.integers(backwards[src], 2, 3)), "another source"
+    rows = torch.full((world.size, 1), float(world.rank), device=world.device)
+    exchanged = group.all_to_all(rows, [1] * world.size, [1] * world.size)
+    assert exchanged.flatten().tolist() == [float(rank) for rank in backwards], "another order of rows"
+
+
+def part_of_the_ranks(world: World) -> None:
+    """Groups of two ranks that overlap: only their members call, and the sums are theirs."""
+    for first in range(world.size - 1):
+        ranks = (first, first + 1)
+        if world.rank in ranks:
+            group = world.group("dp", ranks)
+            got = group.all_reduce(world.integers(world.rank, 33))
+            assert torch.equal(got, total([world.integers(rank, 33) for rank in ranks])), ranks
+            assert torch.equal(
+                group.all_gather(world.integers(world.rank, 5)), torch.cat([world.integers(rank, 5) for rank in ranks])
+            )
+            group.barrier()
+            group.close()
+
+
+def captured(world: World) -> None:
+    """Where the communicator is capturable: replays on all ranks, of what the tensors hold by then."""
+    group, graphs = world.group(), world.platform.graphs()
+    if not group.capturable or graphs is None or world.platform.capabilities().graphs == "none":
+        return
+    x, out, every = (torch.zeros(n, device=world.device) for n in (100, 100, 100 * world.size))
+
+    def launch() -> None:
+        out.copy_(group.all_reduce(x) + 1)
+        every.copy_(group.all_gather(x))
+
+    launch()
+    world.platform.device().synchronize()
+    graph = graphs.capture(launch)
+    for step in range(5):
+        parts = [world.integers(10 * step + rank, 100) for rank in range(world.size)]
+        x.copy_(parts[world.rank])
+        graph.replay()
+        assert torch.equal(out, total(parts) + 1), f"replay {step}"
+        assert torch.equal(every, torch.cat(parts)), f"replay {step}"
 
 
 def delayed_rank(world: World) -> None:
@@ -268,25 +428,59 @@ def closed(world: World) -> None:
     group, other = world.group(), world.group()
     group.close()
     group.close()
-    _fails_in_time("closed", group, lambda g: g.all_reduce(torch.ones(1, device=world.device)))
+    one = torch.ones(1, device=world.device)
+    _fails_in_time("closed", group, lambda g: g.all_reduce(one))
+    _fails_in_time("closed", group, lambda g: g.all_gather(one))
+    _fails_in_time("closed", group, lambda g: g.barrier())
     assert float(other.all_reduce(torch.ones(1, device=world.device))) == world.size
 
 
-CHECKS: dict[str, Check] = {
-    check.__name__: check
-    for check in (
-        all_reduce,
-        same_bits,
-        all_gather,
-        reduce_scatter,
-        all_to_all,
-        broadcast,
-        send_receive,
-        overlapping_groups,
-        delayed_rank,
-        mismatch,
-        mismatch_of_two,
-        absent_rank,
-        closed,
+def undeclared(world: World) -> None:
+    """A collective that is not declared is refused, and the others go on."""
+    group, one = world.group(), torch.ones(world.size, 1, device=world.device)
+    ones = [1] * world.size
+    calls: dict[str, Callable[[], object]] = {
+        "reduce_scatter": lambda: group.reduce_scatter(one),
+        "all_to_all": lambda: group.all_to_all(one, ones, ones),
+        "broadcast": lambda: group.broadcast(one),
+        "send": lambda: group.send(one, 0),
+        "receive": lambda: group.receive(one, 0),
+        "barrier": group.barrier,
+    }
+    for name in sorted(calls.keys() - world.platform.capabilities().collectives):
+        try:
+            calls[name]()
+        except UnsupportedCapability:
+            continue
+        raise AssertionError(f"{name} is not declared, and it was not refused")
+    assert float(group.all_reduce(one)[0]) == world.size
+
+
+_REQUIRED = ("all_reduce", "all_gather")
+
+CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
+    check.__name__: (check, needs)
+    for check, needs in (
+        (all_reduce, _REQUIRED),
+        (same_bits, _REQUIRED),
+        (results_stay, _REQUIRED),
+        (many_calls, _REQUIRED),
+        (late_ranks, _REQUIRED),
+        (all_gather, _REQUIRED),
+        (reduce_scatter, ("reduce_scatter",)),
+        (all_to_all, ("all_to_all",)),
+        (broadcast, ("broadcast",)),
+        (send_receive, ("send", "receive")),
+        (overlapping_groups, _REQUIRED),
+        (group_order, (*_REQUIRED, "reduce_scatter", "broadcast", "all_to_all")),
+        (part_of_the_ranks, (*_REQUIRED, "barrier")),
+        (captured, _REQUIRED),
+        (delayed_rank, (*_REQUIRED, "barrier")),
+        (mismatch, (*_REQUIRED, "broadcast")),
+        (mismatch_of_two, ("send", "receive")),
+        (absent_rank, _REQUIRED),
+        (undeclared, _REQUIRED),
+        (closed, (*_REQUIRED, "barrier")),
     )
 }
+"""By name: the check, and the collectives that it needs."""

@@ -66,9 +66,11 @@ def attend(
 
     The bound is derived, not chosen. With u the unit of rounding, A = sum p|v|, n keys, eta what is lost near zero and
     delta the largest sum of |q||k| times the scale:
-    ``B = u(|o| + A) + (2^-18 + 2^-23 delta) A + eta/2 n max|v| + 4 eta``: rounding the output and the probabilities,
-    fp32 arithmetic, its part in the scores (which only shows in fp32), and underflow of probabilities. Class A may err
-    by 2B; class B, which rounds the scores to the dtype, by ``B + 2u delta A``.
+    ``B = u(|o| + A) + (2^-18 + 2^-23 (1 + sqrt(D)/4) delta) A + eta/2 n max|v| + 4 eta``: rounding the output and the
+    probabilities, fp32 arithmetic, its part in the scores (sums of D terms, whose roundings add like random ones; it
+    only shows in fp32), and underflow of probabilities. Class A may err
+    by 2B; class B, which rounds the scores to the dtype, by ``B + 2u delta A``. With ALiBi, whose terms may be large,
+    fp32 also rounds these: ``2^-23 sum p |slope * distance| (|v| + |o|)`` more.
 
     Args:
         spec: what to compute.
@@ -92,8 +94,8 @@ def attend(
         scores = spec.scale * (q_h @ k_h.T)
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        if alibi_slopes is not None:
-            scores = scores + alibi_slopes[head].double() * distance
+        slope = 0.0 if alibi_slopes is None else alibi_slopes[head].double()
+        scores = scores + slope * distance
         scores = scores.masked_fill(~seen, -torch.inf)
         terms = scores if sinks is None else torch.cat((scores, sinks[head].double().expand(num_queries, 1)), 1)
         lse = terms.logsumexp(1, keepdim=True)
@@ -102,10 +104,13 @@ def attend(
         mass = p @ v_h.abs()
         largest = v_h.abs().amax() * seen.sum(1, keepdim=True)
         delta = (abs(spec.scale) * (q_h.abs() @ k_h.abs().T)).masked_fill(~seen, 0).amax(1, keepdim=True)
-        loss = FP32 + 2.0**-23 * delta
+        loss = FP32 + 2.0**-23 * (1 + spec.head_dim**0.5 / 4) * delta
+        bias = 2.0**-23 * p[:, :num_keys] * (slope * distance).abs()
+        bias_sum = bias.sum(1, keepdim=True)
         bound = unit * (out.abs() + mass) + loss * mass + tiny / 2 * largest + 4 * tiny
+        bound += bias @ v_h.abs() + bias_sum * out.abs()
         bound = 2 * bound if numerics == "A" else bound + 2 * unit * delta * mass
-        lse_bound = loss * (1 + lse.abs()) + (0 if numerics == "A" else 2 * unit * delta)
+        lse_bound = loss * (1 + lse.abs()) + (0 if numerics == "A" else 2 * unit * delta) + bias_sum
         columns.append((out, bound, lse.squeeze(1), lse_bound.squeeze(1)))
     out, bound, lse, lse_bound = (torch.stack(parts, 1) for parts in zip(*columns, strict=True))
     return Expected(out, bound, lse, lse_bound)

@@ -11,14 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine_conformance.cases import certify
+from engine_conformance.cases import Scale, dtypes
 from engine_conformance.reference import FP32, TINY, UNIT, excess
 from engine_sdk import Capabilities, ExpertsSpec, ExpertWeights, Platform, QuantScheme, UnsupportedCapability
-
-
-def dtypes(declared: Capabilities) -> list[torch.dtype]:
-    """The declared dtypes, in a fixed order."""
-    return sorted(declared.dtypes, key=str)
 
 
 def close(got: Tensor, want: Tensor, scale: Tensor, roundings: int) -> None:
@@ -42,6 +37,24 @@ def test_rms_norm(conformance_platform: Platform, capabilities: Capabilities, sh
             close(got, want, want, 2)
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (7, 80), (2, 2048)])
+def test_add_rms_norm(conformance_platform: Platform, capabilities: Capabilities, shape: tuple[int, ...]) -> None:
+    """The sum is rounded once and comes back, and the norm is that of the rounded sum."""
+    device = conformance_platform.device().torch_device
+    for dtype in dtypes(capabilities):
+        generator = torch.Generator().manual_seed(0)
+        x, residual = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        weight = torch.randn(shape[-1], generator=generator).to(dtype)
+        given = x.to(device), residual.to(device)
+        got, total = conformance_platform.ops().add_rms_norm(*given, weight.to(device), 1e-5)
+        assert torch.equal(total.cpu(), x + residual)
+        assert torch.equal(given[0].cpu(), x), "an input was changed"
+        assert torch.equal(given[1].cpu(), residual), "an input was changed"
+        y = (x + residual).double()
+        want = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+        close(got, want, want, 2)
+
+
 def test_silu_and_mul(conformance_platform: Platform, capabilities: Capabilities) -> None:
     """Over the whole range, saturated ends included."""
     device = conformance_platform.device().torch_device
@@ -54,21 +67,86 @@ def test_silu_and_mul(conformance_platform: Platform, capabilities: Capabilities
 
 
 @pytest.mark.parametrize("start", [0, 1000])
-def test_rotary(conformance_platform: Platform, capabilities: Capabilities, start: int) -> None:
-    """The two halves are the pairs, and positions count from where the chunk begins."""
-    device = conformance_platform.device().torch_device
+@pytest.mark.parametrize("dim", [8, 64, 80])
+def test_rotary(conformance_platform: Platform, capabilities: Capabilities, start: int, dim: int) -> None:
+    """The two halves are the pairs, and positions count from where the chunk begins; inputs are kept."""
     for dtype in dtypes(capabilities):
-        generator = torch.Generator().manual_seed(0)
-        q, k = (torch.randn(1, heads, 9, 64, generator=generator).to(dtype) for heads in (6, 2))
-        angle = torch.arange(start, start + 9)[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
-        cos, sin = (torch.cat((x, x), -1)[None].to(dtype) for x in (angle.cos(), angle.sin()))
-        got = conformance_platform.ops().rotary(*(x.to(device) for x in (q, k, cos, sin)))
-        for made, x in zip(got, (q, k), strict=True):
-            a, b = x.double().chunk(2, -1)
-            c, s = (y.double()[:, None, :, :32] for y in (cos, sin))
-            want = torch.cat((a * c - b * s, b * c + a * s), -1)
-            scale = torch.cat((abs(a * c) + abs(b * s), abs(b * c) + abs(a * s)), -1)
-            close(made, want, scale, 2)
+        for heads in ((6, 2), (1, 1)):
+            turned(conformance_platform, dtype, (1,), heads, dim, torch.arange(start, start + 9)[None])
+
+
+def test_rotary_broadcasts(conformance_platform: Platform, capabilities: Capabilities) -> None:
+    """Sequences of a batch have positions of their own; queries and keys may be views of token-major tensors."""
+    positions = torch.tensor([[0, 1, 2, 3], [70, 71, 5, 3000], [9, 8, 7, 6]])
+    for dtype in dtypes(capabilities):
+        turned(conformance_platform, dtype, (3,), (4, 2), 64, positions)
+        turned(conformance_platform, dtype, (), (4, 2), 64, positions[1])
+
+
+def turned(
+    platform: Platform,
+    dtype: torch.dtype,
+    batch: tuple[int, ...],
+    heads: tuple[int, int],
+    dim: int,
+    positions: Tensor,
+) -> None:
+    """Check `rotary` for q and k [*batch, heads, N, dim] at positions [*batch, N]."""
+    device, generator = platform.device().torch_device, torch.Generator().manual_seed(0)
+    token_major = ((*batch, positions.shape[-1], n, dim) for n in heads)
+    q, k = (torch.randn(shape, generator=generator).to(dtype).to(device).transpose(-3, -2) for shape in token_major)
+    angle = positions[..., None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    cos, sin = (torch.cat((x, x), -1).to(dtype).to(device) for x in (angle.cos(), angle.sin()))
+    before = [x.clone() for x in (q, k, cos, sin)]
+    got = platform.ops().rotary(q, k, cos, sin)
+    assert all(torch.equal(x, kept) for x, kept in zip((q, k, cos, sin), before, strict=True)), "an input was changed"
+    for made, x in zip(got, (q, k), strict=True):
+        assert (made.dtype, made.shape, made.device) == (dtype, x.shape, x.device)
+        a, b = x.double().cpu().chunk(2, -1)
+        c, s = (y.double().cpu().unsqueeze(-3)[..., : dim // 2] for y in (cos, sin))
+        want = torch.cat((a * c - b * s, b * c + a * s), -1)
+        scale = torch.cat((abs(a * c) + abs(b * s), abs(b * c) + abs(a * s)), -1)
+        close(made, want, scale, 2)
+
+
+def test_ops_keep_their_inputs(conformance_platform: Platform, capabilities: Capabilities) -> None:
+    """Inputs are not changed, views are taken as they are, and results are tensors of their own."""
+    ops, device = conformance_platform.ops(), conformance_platform.device().torch_device
+    for dtype in dtypes(capabilities):
+        generator = torch.Generator().manual_seed(3)
+        wide = torch.randn(6, 2 * 64, generator=generator).to(dtype).to(device)
+        gate, up = wide.chunk(2, -1)  # as one product makes them
+        weight = torch.randn(64, generator=generator).to(dtype).to(device)
+        kept = wide.clone(), weight.clone()
+        normed = ops.rms_norm(gate, weight, 1e-6)
+        again = ops.rms_norm(up, weight, 1e-6)
+        y = gate.double().cpu()
+        want = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * weight.double().cpu()
+        close(normed, want, want, 2)
+        assert normed.dtype == again.dtype == dtype
+        product = ops.silu_and_mul(gate, up)
+        expected = F.silu(gate.double().cpu()) * up.double().cpu()
+        close(product, expected, expected, 2)
+        assert product.dtype == dtype
+        assert torch.equal(wide, kept[0]), "an input was changed"
+        assert torch.equal(weight, kept[1]), "the weight was changed"
+        close(normed, want, want, 2)  # and a later call has not written over it
+
+
+def test_norm_of_extremes(conformance_platform: Platform, capabilities: Capabilities) -> None:
+    """Rows of zeros, one large element, and large sizes; squares are summed in fp32."""
+    ops, device = conformance_platform.ops(), conformance_platform.device().torch_device
+    for dtype in dtypes(capabilities):
+        x = torch.zeros(4, 5120, dtype=dtype)
+        x[1, 17] = 1000.0
+        x[2] = 0.125
+        x[3] = torch.randn(5120, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
+        weight = torch.linspace(-2, 2, 5120).to(dtype)
+        for eps in (1e-6, 1e-5, 1.0):
+            got = ops.rms_norm(x.to(device), weight.to(device), eps)
+            y = x.double()
+            want = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps) * weight.double()
+            close(got, want, want, 2)
 
 
 def silu_gate(x: Tensor) -> Tensor:
@@ -87,7 +165,7 @@ def interleaved_gate(x: Tensor) -> Tensor:
 def test_experts(
     conformance_platform: Platform,
     capabilities: Capabilities,
-    examples: int,
+    scale: Scale,
     gate: Callable[[Tensor], Tensor],
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -96,7 +174,7 @@ def test_experts(
     gated = gate is not F.relu
     worst = 0.0
 
-    @certify(20 * examples)
+    @scale.certify(20)
     @given(
         st.sampled_from(dtypes(capabilities)),
         st.tuples(st.integers(1, 9), st.sampled_from((1, 2, 5))),
@@ -226,3 +304,64 @@ def test_linear(conformance_platform: Platform, capabilities: Capabilities) -> N
             assert excess(got, want, bound) <= 1
     with pytest.raises(UnsupportedCapability):
         conformance_platform.linear(QuantScheme("nobody:nothing", 3))
+
+
+def test_linear_of_any_shape(conformance_platform: Platform, capabilities: Capabilities) -> None:
+    """One token, many, batches and views; the input is kept and every layer has weights of its own."""
+    device = conformance_platform.device().torch_device
+    method = conformance_platform.linear(None)
+    if method is None:  # torch's own
+        return
+    for dtype in dtypes(capabilities):
+        generator = torch.Generator().manual_seed(0)
+        layers = [torch.randn(n, 64, generator=generator).to(dtype) for n in (48, 1, 130)]
+        packed = [method.pack(w.to(device), None) for w in layers]
+        for x in (torch.randn(1, 64), torch.randn(300, 64), torch.randn(2, 3, 64), torch.randn(5, 128)[:, ::2]):
+            x = x.to(dtype)
+            there = x.to(device)
+            for weight, mine in zip(layers, packed, strict=True):
+                got = method.apply(there, mine)
+                want = x.double() @ weight.double().T
+                bound = FP32 * (x.double().abs() @ weight.double().abs().T) + UNIT[dtype] * want.abs() + 4 * TINY[dtype]
+                assert got.dtype == dtype
+                assert excess(got, want, bound) <= 1
+            assert torch.equal(there.cpu(), x), "the input was changed"
+
+
+@pytest.mark.conformance(capability="quant_schemes")
+def test_quantised_linear(
+    conformance_platform: Platform, capabilities: Capabilities, record_property: Callable[[str, object], None]
+) -> None:
+    """Every declared scheme packs a weight and applies it with an error that its bits explain."""
+    if not capabilities.quant_schemes:
+        record_property("rejected", "quant_schemes")
+        return
+    device = conformance_platform.device().torch_device
+    for name in sorted(capabilities.quant_schemes):
+        taken = 0
+        for bits in (8, 4):
+            for group in (None, 128, 64, 32):
+                try:
+                    method = conformance_platform.linear(QuantScheme(name, bits, group))
+                except UnsupportedCapability:
+                    continue
+                assert method is not None, f"{name}: linear() answers None, which is for unquantised layers"
+                taken += 1
+                for dtype in dtypes(capabilities):
+                    generator = torch.Generator().manual_seed(bits)
+                    x, weight = (torch.randn(n, 256, generator=generator).to(dtype) for n in (7, 96))
+                    got = method.apply(x.to(device), method.pack(weight.to(device), None))
+                    want = x.double() @ weight.double().T
+                    error = float((got.double().cpu() - want).norm() / want.norm())
+                    assert error < (0.04 if bits == 8 else 0.3), (
+                        f"{name}, {bits} bits, {dtype}: relative error {error:.2g}"
+                    )
+        assert taken, f"{name} is declared, and linear() takes it with no number of bits and no group size"
+
+
+def test_experts_refuse_what_is_not_declared(conformance_platform: Platform, capabilities: Capabilities) -> None:
+    """Dtypes outside of the declared ones."""
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        if dtype not in capabilities.dtypes:
+            with pytest.raises(UnsupportedCapability):
+                conformance_platform.experts(ExpertsSpec(4, 2, True, False, dtype))

@@ -317,19 +317,21 @@ def tiny_config(name: str) -> PreTrainedConfig:
     return _tiny(CONFIG_MAPPING[name])
 
 
-def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of `tiny_config(name)` on the CPU, in eval mode and frozen, with eager attention.
+def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
+    """The model of `tiny_config(name)`, with other `fields` if given, on the CPU, in eval mode, frozen, and eager.
 
     The weights depend on `seed` alone and are drawn in float32: another `dtype` only rounds them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = tiny_config(name)
+        for field, value in fields.items():
+            setattr(config, field, value)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         if dtype is torch.float32:
             _redraw(model)
         else:
-            model.load_state_dict(tiny_model(name, seed).state_dict())
+            model.load_state_dict(tiny_model(name, seed, **fields).state_dict())
     model.train(False).requires_grad_(False)
     return model
 

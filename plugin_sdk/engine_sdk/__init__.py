@@ -24,6 +24,7 @@ from engine.interfaces import (
     Device,
     DeviceInfo,
     Domain,
+    DrawInputs,
     Event,
     ExpertsMethod,
     ExpertsSpec,
@@ -44,15 +45,17 @@ from engine.interfaces import (
     QuantScheme,
     Verdict,
 )
-from engine_sdk.attention import TorchAttention
+from engine_sdk.attention import TorchAttention, after_decodes
 from engine_sdk.communicator import COLLECTIVES, TorchCommunicator
 from engine_sdk.device import HostEvent, TorchDevice
 from engine_sdk.experts import GroupedExperts, TorchExperts, combine
 from engine_sdk.graphs import TorchGraph, TorchGraphs
-from engine_sdk.layout import BlockLayout, HeadMajor, PagedCache, TokenMajor
+from engine_sdk.hooks import hookimpl
+from engine_sdk.layout import BlockLayout, HeadMajor, PagedCache, PagedLayout, Tiled, TokenMajor
 from engine_sdk.memory import TorchMemory, host_memory
 from engine_sdk.ops import REFERENCE_OPS
 from engine_sdk.platform import TorchPlatform, require_attention
+from engine_sdk.recording import Recording, load_recording, record, replay
 
 __all__ = [
     "ANY",
@@ -75,6 +78,7 @@ __all__ = [
     "Device",
     "DeviceInfo",
     "Domain",
+    "DrawInputs",
     "EngineError",
     "Event",
     "ExpertWeights",
@@ -95,11 +99,14 @@ __all__ = [
     "OpSet",
     "OutOfMemoryError",
     "PagedCache",
+    "PagedLayout",
     "Plan",
     "Platform",
     "PlatformUnavailableError",
     "Probe",
     "QuantScheme",
+    "Recording",
+    "Tiled",
     "TokenMajor",
     "TorchAttention",
     "TorchCommunicator",
@@ -111,7 +118,12 @@ __all__ = [
     "TorchPlatform",
     "UnsupportedCapability",
     "Verdict",
+    "after_decodes",
     "combine",
+    "hookimpl",
     "host_memory",
+    "load_recording",
+    "record",
+    "replay",
     "require_attention",
 ]

@@ -13,8 +13,9 @@ there. Lengths are read from host tensors only: nothing here waits for an accele
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from engine.interfaces import (
     Plan,
     Verdict,
 )
-from engine_sdk.layout import BlockLayout, PagedCache, TokenMajor
+from engine_sdk.layout import PagedLayout, TokenMajor
 
 # Bytes of keys and values that a decode tile gathers: on a host they should stay in its caches.
 _HOST_TILE_BYTES = 1 << 20
@@ -92,6 +93,7 @@ class _Prefill:
 
 @dataclass(frozen=True)
 class _Plan:
+    layout: PagedLayout
     blocks: Tensor  # int64 [N]: where each token is written
     offsets: Tensor  # int64 [N]
     decodes: list[_Decode]
@@ -106,17 +108,22 @@ class TorchAttention(AttentionBackend):
 
     Args:
         spec: what to compute.
-        layout: how blocks are stored.
+        layout: how blocks are stored: a `PagedLayout`, called as ``layout(B, K, D, E, kv_dtype)``.
         declared: the platform's capabilities, so that what it did not declare is refused here too.
     """
 
     features = ATTENTION_FEATURES
 
     def __init__(
-        self, spec: AttentionSpec, *, layout: type[BlockLayout] = TokenMajor, declared: Capabilities | None = None
+        self,
+        spec: AttentionSpec,
+        *,
+        layout: Callable[[int, int, int, int, torch.dtype], PagedLayout] = TokenMajor,
+        declared: Capabilities | None = None,
     ) -> None:
         super().__init__(spec)
-        self._layout = layout
+        self._make_layout = layout
+        self._layouts: dict[int, PagedLayout] = {}
         self._declared = declared or Capabilities(attention=self.features)
         self._needs_scores = spec.softcap is not None or spec.sinks or spec.alibi
         self._keys = _Workspace()
@@ -130,11 +137,18 @@ class TorchAttention(AttentionBackend):
         return super().supports(spec)
 
     def layout(self, block_size: int) -> KVLayout:
-        """Blocks of `block_size` tokens; binds to a `PagedCache`."""
+        """Blocks of `block_size` tokens."""
         if block_size not in self._declared.block_sizes:
             raise UnsupportedCapability("block_sizes", block_size, f"declared: {self._declared.block_sizes}")
-        spec = self.spec
-        return self._layout(block_size, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, spec.kv_dtype)
+        return self._layout(block_size)
+
+    def _layout(self, block_size: int) -> PagedLayout:
+        if block_size not in self._layouts:
+            spec = self.spec
+            self._layouts[block_size] = self._make_layout(
+                block_size, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, spec.kv_dtype
+            )
+        return self._layouts[block_size]
 
     # Planning: once a step.
 
@@ -144,7 +158,7 @@ class TorchAttention(AttentionBackend):
         blocks = torch.div(slots, block_size, rounding_mode="floor")
         decodes = list(self._plan_decodes(batch)) if batch.num_decodes else []
         prefills = list(self._plan_prefills(batch)) if batch.num_decodes < batch.num_requests else []
-        return _Plan(blocks, slots - blocks * block_size, decodes, prefills)
+        return _Plan(self._layout(block_size), blocks, slots - blocks * block_size, decodes, prefills)
 
     def _plan_decodes(self, batch: AttentionBatch) -> Iterator[_Decode]:
         spec, size, count = self.spec, batch.block_size, batch.num_decodes
@@ -231,22 +245,29 @@ class TorchAttention(AttentionBackend):
         if lse is not None and "lse" not in self._declared.attention:
             raise UnsupportedCapability("lse", True, f"declared: {sorted(self._declared.attention)}")
         if k is not None and v is not None:
-            cache.keys.index_put_((plan.blocks, plan.offsets), k.to(cache.keys.dtype))
-            cache.values.index_put_((plan.blocks, plan.offsets), v.to(cache.values.dtype))
+            plan.layout.write(cache, plan.blocks, plan.offsets, k, v)
         extras = _Extras(sinks, alibi_slopes, lse is not None)
         for decode in plan.decodes:
-            attended, logsum = self._decode(q, cache, decode, extras)
+            attended, logsum = self._decode(q, cache, plan.layout, decode, extras)
             out.index_copy_(0, decode.rows, attended)
             if lse is not None and logsum is not None:
                 lse.index_copy_(0, decode.rows, logsum)
         for prefill in plan.prefills:
-            self._prefill(q, k, v, cache, prefill, out, extras, lse)
+            self._prefill(q, k, v, cache, plan.layout, prefill, out, extras, lse)
 
-    def _decode(self, q: Tensor, cache: PagedCache, tile: _Decode, extras: _Extras) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, cache: KVCache, layout: PagedLayout, blocks: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """What `blocks` [b * n] of b requests hold, in order: [b, n * B, K, D or E], valid until the next call."""
+        shape = (blocks.shape[0], layout.block_size, layout.num_kv_heads)
+        keys = self._keys.take((*shape, layout.head_dim), layout.kv_dtype, blocks.device)
+        values = self._values.take((*shape, layout.v_head_dim), layout.kv_dtype, blocks.device)
+        layout.gather(cache, blocks, keys, values)
+        return keys.view(num, -1, *keys.shape[2:]), values.view(num, -1, *values.shape[2:])
+
+    def _decode(
+        self, q: Tensor, cache: KVCache, layout: PagedLayout, tile: _Decode, extras: _Extras
+    ) -> tuple[Tensor, Tensor | None]:
         spec, num = self.spec, tile.rows.shape[0]
-        used = slice(tile.begin, tile.end)
-        keys = self._keys.gather(cache.keys, tile.blocks, num)[:, used]
-        values = self._values.gather(cache.values, tile.blocks, num)[:, used]
+        keys, values = (x[:, tile.begin : tile.end] for x in self._gather(cache, layout, tile.blocks, num))
         visible = tile.visible
         if visible is not None:
             for part in (slice(0, tile.full_begin), slice(tile.full_end, None)):
@@ -269,7 +290,8 @@ class TorchAttention(AttentionBackend):
         q: Tensor,
         k: Tensor | None,
         v: Tensor | None,
-        cache: PagedCache,
+        cache: KVCache,
+        layout: PagedLayout,
         request: _Prefill,
         out: Tensor,
         extras: _Extras,
@@ -285,8 +307,7 @@ class TorchAttention(AttentionBackend):
             keys, values = k[tokens], v[tokens]
         else:
             origin = request.origin
-            keys = self._keys.gather(cache.keys, request.blocks, 1)[0].to(q.dtype)
-            values = self._values.gather(cache.values, request.blocks, 1)[0].to(q.dtype)
+            keys, values = (x[0].to(q.dtype) for x in self._gather(cache, layout, request.blocks, 1))
         for part in request.slices:
             rows = slice(request.token + part.begin - request.start, request.token + part.end - request.start)
             seen = slice(part.low - origin, part.high - origin)
@@ -383,16 +404,32 @@ class _Workspace:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def gather(self, cache: Tensor, blocks: Tensor, num_requests: int) -> Tensor:
-        """What `blocks` [b * n] of b requests hold, in order: [b, n * B, K, D], valid until the next call."""
-        shape = (blocks.shape[0], *cache.shape[1:])
-        numel = blocks.shape[0] * cache[0].numel()
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor whose content is garbage, valid until the next call."""
+        numel = math.prod(shape)
         if self._buffer is None or self._buffer.numel() < numel:
             self._buffer = None  # so that the old one can go before the new one comes
-            self._buffer = torch.empty(numel, dtype=cache.dtype, device=cache.device)
-        gathered = self._buffer[:numel].view(shape)
-        torch.index_select(cache, 0, blocks, out=gathered)
-        return gathered.view(num_requests, -1, *cache.shape[2:])
+            self._buffer = torch.empty(numel, dtype=dtype, device=device)
+        return self._buffer[:numel].view(shape)
+
+
+def after_decodes(batch: AttentionBatch) -> AttentionBatch:
+    """The requests after the decodes, and their tokens, as a batch of their own.
+
+    For a backend with a kernel for decodes that leaves the rest to another: it hands on rows ``[num_decodes:]`` of `q`,
+    `k`, `v`, `out` and `lse`.
+    """
+    num = batch.num_decodes
+    return replace(
+        batch,
+        query_start=batch.query_start[num:] - num,
+        seq_lens=batch.seq_lens[num:],
+        block_table=batch.block_table[num:],
+        slots=batch.slots[num:],
+        query_start_host=batch.query_start_host[num:] - num,
+        seq_lens_host=batch.seq_lens_host[num:],
+        num_decodes=0,
+    )
 
 
 def _tiles(widths: list[int], start: int, budget: int) -> Iterator[slice]:

@@ -33,6 +33,7 @@ from engine.interfaces import (
 )
 from engine_sdk.attention import TorchAttention
 from engine_sdk.communicator import COLLECTIVES, TorchCommunicator
+from engine_sdk.deprecation import warn_of_overrides
 from engine_sdk.device import TorchDevice
 from engine_sdk.experts import TorchExperts
 from engine_sdk.graphs import TorchGraphs
@@ -54,6 +55,10 @@ class TorchPlatform(Platform):
 
     _collectives_backend: ClassVar[str | None] = None
     """torch.distributed's name of what carries the collectives; None takes torch's default for the device."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        warn_of_overrides(cls)
 
     @classmethod
     def probe(cls) -> Probe:
@@ -144,14 +149,16 @@ class TorchPlatform(Platform):
 
 
 def require_attention(declared: Capabilities, spec: AttentionSpec) -> None:
-    """Raise `UnsupportedCapability` unless `spec` lies within `declared`."""
-    if spec.dtype not in declared.dtypes:
-        raise UnsupportedCapability("dtypes", spec.dtype)
-    if spec.kv_dtype not in declared.kv_dtypes:
-        raise UnsupportedCapability("kv_dtypes", spec.kv_dtype)
-    for size in (spec.head_dim, spec.v_head_dim) if "v_head_dim" not in declared.attention else (spec.head_dim,):
-        if size not in declared.head_dims:
-            raise UnsupportedCapability("head_dims", size, f"declared: {declared.head_dims}")
+    """Raise `UnsupportedCapability` unless `spec` lies within `declared`; the reason says what would do instead."""
+    for field, dtype, dtypes, option in (
+        ("dtypes", spec.dtype, declared.dtypes, "--dtype"),
+        ("kv_dtypes", spec.kv_dtype, declared.kv_dtypes, "--kv-cache-dtype"),
+    ):
+        if dtype not in dtypes:
+            names = sorted(str(d).removeprefix("torch.") for d in dtypes)
+            raise UnsupportedCapability(field, dtype, f"use {' or '.join(f'{option} {name}' for name in names)}")
+    if spec.head_dim not in declared.head_dims:
+        raise UnsupportedCapability("head_dims", spec.head_dim, f"declared: {declared.head_dims}")
     asked: dict[AttentionFeature, object] = {
         "sliding_window": spec.window,
         "chunked": spec.chunk,
@@ -160,3 +167,5 @@ def require_attention(declared: Capabilities, spec: AttentionSpec) -> None:
     }
     for feature in sorted(spec.features() - declared.attention):
         raise UnsupportedCapability(feature, asked.get(feature, True), f"declared: {sorted(declared.attention)}")
+    if spec.v_head_dim != spec.head_dim and spec.v_head_dim not in declared.v_head_dims:
+        raise UnsupportedCapability("v_head_dims", spec.v_head_dim, f"declared: {declared.v_head_dims}")

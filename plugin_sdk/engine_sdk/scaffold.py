@@ -1,15 +1,17 @@
 """Write the repository of a hardware plugin, which passes conformance as it is where torch drives the device.
 
-`engine plugin new NAME`. The files are those of `template/base`, and of `template/triton` over them where asked for:
-their suffix ``.tmpl`` goes, ``NAME`` in a path and ``$name`` and the like in a text are replaced.
+`engine plugin new NAME`, and `engine plugin diff` for a repository that an earlier template made. The files are those
+of `template/base`, and of `template/triton` over them where asked for: their suffix ``.tmpl`` goes, ``NAME`` in a path
+and ``$name`` and the like in a text are replaced.
 """
 
 from __future__ import annotations
 
-import argparse
 import keyword
 import re
+import tomllib
 from collections.abc import Iterator
+from difflib import unified_diff
 from importlib.metadata import entry_points, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -19,32 +21,12 @@ from string import Template
 from engine.errors import ConfigError
 from engine.interfaces import CONTRACT
 
-TEMPLATE = 1
+TEMPLATE = 2
 """The template's version, raised by each change to its files."""
 
 _SUFFIX = ".tmpl"
+_NOTE = ".engine-plugin.toml"
 _OURS = ("sdk", "conformance")  # engine_sdk and engine_conformance are packages of the engine
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
-    new = parser.add_subparsers(required=True, metavar="new").add_parser(
-        "new",
-        help="write a new plugin's repository",
-        description="Write a new plugin's repository.",
-        allow_abbrev=False,
-    )
-    new.add_argument("name", metavar="NAME", help="what --platform will select: lower-case letters, digits and _")
-    new.add_argument("--device-type", metavar="TYPE", help="torch's name of the device; NAME if not given")
-    new.add_argument("--triton", action="store_true", help="add a kernel in Triton, which replaces the RMS norm")
-    new.add_argument("--directory", type=Path, default=Path(), metavar="DIR", help="where engine-plugin-NAME is made")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write it, and say what to do next."""
-    made = write_plugin(args.name, args.device_type, triton=args.triton, directory=args.directory)
-    print(f"wrote {made}\nnext: cd {made} && pip install -e '.[test]' && engine platforms; then see its README.md")
-    return 0
 
 
 def write_plugin(name: str, device_type: str | None = None, *, triton: bool = False, directory: Path = Path()) -> Path:
@@ -53,7 +35,7 @@ def write_plugin(name: str, device_type: str | None = None, *, triton: bool = Fa
     Args:
         name: the platform's; lower case, a Python identifier, and not that of another distribution's platform.
         device_type: torch's name of the device; None: the same.
-        triton: with a kernel in Triton; it needs a device other than the host.
+        triton: with the SDK's kernels in Triton; it needs a device other than the host.
         directory: the repository's parent.
 
     Returns:
@@ -71,25 +53,57 @@ def write_plugin(name: str, device_type: str | None = None, *, triton: bool = Fa
     target = directory / f"engine-plugin-{name}"
     if target.exists():
         raise ConfigError(f"{target} exists already\nremedy: move it away, or write elsewhere with --directory DIR")
+    for path, text in _render(name, device_type, triton).items():
+        place = target / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+    return target
+
+
+def compare_plugin(folder: Path) -> str:
+    """What would make a repository as this engine's template writes it: a patch that ``git apply`` takes.
+
+    Where the author changed a file on purpose, the patch would undo it; take over the parts that are wanted.
+
+    Args:
+        folder: of a repository that `write_plugin` wrote, with its ``.engine-plugin.toml``.
+
+    Raises:
+        ConfigError: the folder has no ``.engine-plugin.toml``, or one that `write_plugin` did not write.
+    """
+    noted = folder / _NOTE
+    try:
+        made = tomllib.loads(noted.read_text("utf-8"))
+        name, device_type, triton = (made[key] for key in ("name", "device_type", "triton"))
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise ConfigError(
+            f"{noted} does not say what the repository was made from: {error}\n"
+            "remedy: name a folder that engine plugin new wrote"
+        ) from error
+    patch: list[str] = []
+    for path, text in sorted(_render(name, device_type, triton).items()):
+        mine = (folder / path).read_text("utf-8") if (folder / path).is_file() else ""
+        old = f"a/{path}" if (folder / path).is_file() else "/dev/null"
+        patch += unified_diff(mine.splitlines(True), text.splitlines(True), old, f"b/{path}")
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in patch)
+
+
+def _render(name: str, device_type: str, triton: bool) -> dict[str, str]:
+    """Relative path to text of each file of a repository."""
     values = {
         "name": name,
         "class_name": "".join(part.capitalize() for part in name.split("_")) + "Platform",
         "device_type": device_type,
         "triton": str(triton).lower(),
-        "triton_flag": " --triton" if triton else "",
         "contract": CONTRACT,
         "engine": version("engine"),
         "template": TEMPLATE,
     }
     template = files("engine_sdk") / "template"
-    written = dict(_files(template / "base"))
+    texts = dict(_files(template / "base"))
     if triton:
-        written |= _files(template / "triton")
-    for path, text in written.items():
-        place = target / path.replace("NAME", name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(Template(text).substitute(values), encoding="utf-8")
-    return target
+        texts |= _files(template / "triton")
+    return {path.replace("NAME", name): Template(text).substitute(values) for path, text in texts.items()}
 
 
 def _check_name(name: str) -> None:

@@ -1,7 +1,7 @@
 """Kernels, in the device's kernel language: on the device, lengths may be looked at and loops may depend on them.
 
 Shapes: N tokens, R rows of one query each, H query heads, K key/value heads, G = H / K, D head size, B tokens a block,
-W the width of the block table, T = D / 16 tiles.
+W the width of the block table, T = D / 16 tiles; keys and values as `engine_sdk.Tiled` binds them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @kernel("engine_npu::store_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) keys, Tensor(b!) values) -> ()")
 def store_kv(k: Tensor, v: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Write k and v [N, K, D] into tiles [num_blocks, K, T, B, 16] at slots int64 [N]."""
-    block, offset = slots // keys.shape[3], slots % keys.shape[3]
+    """Write k and v [N, K, D] into tiles [num_blocks, B, K, T, 16] at slots int64 [N]."""
+    block, offset = slots // keys.shape[1], slots % keys.shape[1]
     for new, tiles in ((k, keys), (v, values)):
-        tiles[block, :, :, offset] = new.unflatten(2, (-1, tiles.shape[4])).to(tiles.dtype)
+        tiles[block, offset] = new.unflatten(2, (-1, tiles.shape[4])).to(tiles.dtype)
 
 
 @kernel(
@@ -39,17 +39,17 @@ def attend_decode(
 ) -> None:
     """Attention of one query a row, in one pass over the blocks that a row sees (Milakov and Gimelshein, 2018).
 
-    q [R, H, D]; keys and values [num_blocks, K, T, B, 16]; table int32 [R, W]; lengths int32 [R], rows of length 0 are
+    q [R, H, D]; keys and values [num_blocks, B, K, T, 16]; table int32 [R, W]; lengths int32 [R], rows of length 0 are
     left alone; sinks [H]; out [R, H, D]; lse fp32 [R, H].
     """
-    size = keys.shape[3]
+    size = keys.shape[1]
     last = lengths.long()[:, None] - 1
     low = torch.zeros_like(last)
     if window is not None:
         low = torch.maximum(low, last - window + 1)
     if chunk is not None:
         low = torch.maximum(low, last // chunk * chunk)
-    queries = q.float().unflatten(1, (keys.shape[1], -1)) * scale  # [R, K, G, D]
+    queries = q.float().unflatten(1, (keys.shape[2], -1)) * scale  # [R, K, G, D]
     sums = torch.zeros_like(queries)
     top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
     total = torch.zeros_like(top)
@@ -74,7 +74,7 @@ def attend_decode(
         top[rows] = higher
     logsum = top + total.log()
     if sinks is not None:
-        logsum = torch.logaddexp(logsum, sinks.float().view(1, keys.shape[1], -1, 1))
+        logsum = torch.logaddexp(logsum, sinks.float().view(1, keys.shape[2], -1, 1))
     attended = sums * torch.exp(top - logsum)
     alive = lengths > 0
     out[alive] = attended.flatten(1, 2).to(out.dtype)[alive]
@@ -83,8 +83,8 @@ def attend_decode(
 
 
 def _flat(tiles: Tensor) -> Tensor:
-    """[r, K, T, B, 16] to fp32 [r, K, B, T * 16]."""
-    return tiles.transpose(2, 3).flatten(3).float()
+    """[r, B, K, T, 16] to fp32 [r, K, B, T * 16]."""
+    return tiles.transpose(1, 2).flatten(3).float()
 
 
 @kernel("engine_npu::normalise(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()")

@@ -12,8 +12,7 @@ import torch
 from npu_sim import driver
 
 from engine_npu import collectives
-from engine_npu.attention import NpuAttention
-from engine_npu.layout import BLOCK_SIZE, LANES
+from engine_npu.attention import BLOCK_SIZE, LANES, NpuAttention
 from engine_npu.ops import rms_norm
 from engine_sdk import (
     COLLECTIVES,

@@ -28,6 +28,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <array>
 #include <chrono>
@@ -63,6 +64,7 @@ constexpr int kStreams = 32;              // of a device; stream 0 is the defaul
 constexpr size_t kLaunches = 1024;        // that a stream holds before the host has to wait for room
 constexpr int64_t kSpan = int64_t(1) << 36;  // addresses of a device
 constexpr int64_t kAlign = 512;
+const int64_t kPage = sysconf(_SC_PAGESIZE);
 
 // What the "driver" says; set once, before anything else.
 int num_devices = 0;
@@ -302,8 +304,11 @@ struct DeviceMemory final : c10::DeviceAllocator {
       auto& d = device(i);
       d.settle();
       std::lock_guard lock(d.mutex);
-      if (d.base)
-        for (auto [begin, size] : d.holes) madvise(d.base + kSpan + begin, size, MADV_DONTNEED);
+      if (!d.base) continue;
+      for (auto [begin, size] : d.holes) {  // whole pages only: their neighbours on a page live
+        const int64_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + size) / kPage * kPage;
+        if (first < end) madvise(d.base + kSpan + first, end - first, MADV_DONTNEED);
+      }
     }
   }
   // A block lives until the last launched work that uses it is done, on whatever stream.

@@ -95,6 +95,15 @@ def test_memory_is_counted() -> None:
 
 
 @pytest.mark.usefixtures("settled")
+def test_an_emptied_cache_leaves_what_lives() -> None:
+    """Free memory goes back in whole pages, and small tensors share theirs with others."""
+    kept = [npu(128, fill=i) for i in range(128)]
+    del kept[::2]
+    torch.accelerator.empty_cache()
+    assert [x.tolist() for x in kept] == [[i] * 128 for i in range(1, 128, 2)]
+
+
+@pytest.mark.usefixtures("settled")
 def test_memory_in_use_by_late_work_is_not_given_away() -> None:
     with torch.npu.held():
         x = npu(1024, fill=3)

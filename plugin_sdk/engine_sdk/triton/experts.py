@@ -15,7 +15,7 @@ E experts, H hidden, I inner size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights
+from engine_sdk.triton.tuning import DeviceProperties, device_properties
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,23 @@ def _tile(pairs_of_an_expert: float, itemsize: int) -> _Tile:
     return _Tile(128, 128 if pairs_of_an_expert <= 256 else 256, 64, 8, 3)
 
 
+def _fit(tile: _Tile, itemsize: int, shared_bytes: int) -> _Tile:
+    """The tile with as many loads in flight as there is room for, one always being computed; else a narrower one."""
+    stages = 1 + shared_bytes // ((tile.rows + tile.columns) * tile.depth * itemsize)
+    if stages == 1:
+        return _fit(replace(tile, columns=tile.columns // 2), itemsize, shared_bytes)
+    return replace(tile, num_stages=min(tile.num_stages, stages))
+
+
 class TritonExperts(ExpertsMethod):
     """Two grouped products over the chosen experts, for any number of tokens; nothing waits for the device.
 
     Products and biases are summed in fp32 and rounded once; the weighted sum is in fp32, in the order of the columns.
+    `device` is what the products are cut for; None asks Triton's driver.
     """
 
-    def __init__(self, spec: ExpertsSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: ExpertsSpec, *, device: DeviceProperties | None = None) -> None:
+        self.spec, self._device = spec, device
 
     def apply(self, x: Tensor, expert_ids: Tensor, scores: Tensor, weights: ExpertWeights) -> Tensor:
         """See `ExpertsMethod.apply`."""
@@ -86,7 +96,8 @@ class TritonExperts(ExpertsMethod):
         pairs, experts = order.shape[0], self.spec.num_experts
         rows, columns = (2, 1) if self.spec.transposed else (1, 2)
         out = torch.empty(pairs, weight.shape[rows], dtype=x.dtype, device=x.device)
-        tile = _tile(pairs / experts, x.dtype.itemsize)
+        device = self._device or device_properties(x.device)
+        tile = _fit(_tile(pairs / experts, x.dtype.itemsize), x.dtype.itemsize, device.shared_bytes)
         most_tiles = min(pairs, pairs // tile.rows + min(experts, pairs))
         depth = weight.shape[columns]
         grid = (most_tiles * triton.cdiv(out.shape[1], tile.columns),)

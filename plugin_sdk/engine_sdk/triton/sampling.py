@@ -23,7 +23,7 @@ from torch import Tensor
 
 from engine.interfaces import DrawInputs
 from engine_sdk.sampling import HALVING
-from engine_sdk.triton.tuning import device_properties
+from engine_sdk.triton.tuning import DeviceProperties, device_properties
 
 _BLOCK = 128  # tokens whose weights are added up before one of them is looked for
 _LISTED = 8192  # likely tokens that are listed; where there are more, the whole row is searched
@@ -298,14 +298,17 @@ def _draw(
         tl.store(token_ids + row, tl.min(tl.where(beyond, at, V), 0).to(tl.int64))
 
 
-def draw(logits: Tensor, inputs: DrawInputs | None) -> Tensor:
-    """A token for each row of logits [S, V], int64 [S]; see `OpSet.draw`. The last dimension must be dense."""
+def draw(logits: Tensor, inputs: DrawInputs | None, *, device: DeviceProperties | None = None) -> Tensor:
+    """A token for each row of logits [S, V], int64 [S]; see `OpSet.draw`. The last dimension must be dense.
+
+    `device` is what the launches are cut for; None asks Triton's driver.
+    """
     num_rows, vocab = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
         return token_ids
     num_blocks = -(-vocab // _BLOCK)
-    cores = device_properties(logits.device).num_cores
+    cores = (device or device_properties(logits.device)).num_cores
     programs = max(1, min(-(-cores * _PROGRAMS_PER_CORE // num_rows), num_blocks * _BLOCK // _LEAST))
     per_program = -(-num_blocks // programs)
     grid = (num_rows, -(-num_blocks // per_program))

@@ -21,7 +21,8 @@ class Command(NamedTuple):
     Attributes:
         name: what the user types.
         help: a line in the list of commands.
-        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit code.
+        module: has ``add_arguments(parser) -> None`` and ``run(args) -> int``, the exit code; or, if it reads its words
+            itself, ``main(words) -> int``.
         extra: the extra of this distribution that the command needs; told when something cannot be imported.
     """
 
@@ -34,10 +35,13 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("generate", "complete prompts", "engine.extensions.cli.generate"),
     Command("chat", "talk with a model", "engine.extensions.cli.chat"),
+    Command("serve", "answer OpenAI's API over HTTP", "engine.extensions.cli.serve", extra="server"),
+    Command("run-batch", "answer a file of OpenAI requests", "engine.extensions.cli.run_batch", extra="server"),
     Command("bench", "measure speed", "engine.extensions.cli.bench"),
     Command("platforms", "list the hardware plugins and what they can do", "engine.extensions.cli.platforms"),
     Command("doctor", "describe this installation, for a bug report", "engine.extensions.cli.doctor"),
-    Command("plugin", "start a hardware plugin of your own", "engine_sdk.scaffold"),
+    Command("plugin", "start a hardware plugin of your own, and find its faults", "engine_sdk.commands"),
+    Command("conformance", "judge a platform: run the suite", "engine_conformance.command", "conformance"),
 )
 
 
@@ -81,10 +85,14 @@ def _top_level(words: Sequence[str]) -> None:
 
 def _run(command: Command, words: Sequence[str]) -> int:
     module = importlib.import_module(command.module)
-    about = (module.__doc__ or "").partition("\n\n")[0]
-    parser = argparse.ArgumentParser(f"engine {command.name}", description=about, allow_abbrev=False)
-    module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(words))
+    code: int
+    if hasattr(module, "main"):
+        code = module.main(list(words))
+    else:
+        about = (module.__doc__ or "").partition("\n\n")[0]
+        parser = argparse.ArgumentParser(f"engine {command.name}", description=about, allow_abbrev=False)
+        module.add_arguments(parser)
+        code = module.run(parser.parse_args(words))
     return code
 
 

@@ -1,4 +1,4 @@
-"""`engine bench`: throughput of many prompts at once (`offline`), and times of a fixed batch (`latency`).
+"""`engine bench`: throughput (`offline`), times of a fixed batch (`latency`), and a server under load (`serve`).
 
 Prompts are random token ids of the model's vocabulary and outputs ignore the end-of-sequence token, so every run does
 the same work whatever the weights are; ``--load-format dummy`` needs no weights at all.
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineArgs
+from engine.extensions.cli import bench_serve
 from engine.extensions.cli.options import add_flags, given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of both benchmarks."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="offline|latency")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="offline|latency|serve")
     offline = kinds.add_parser("offline", help="throughput of many prompts at once")
     offline.add_argument("--num-prompts", type=int, default=64, help="how many")
     offline.add_argument("--input-len", type=_span, default=(128, 128), metavar="N|A-B", help="tokens of a prompt")
@@ -32,16 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--input-len", type=_span, default=(128, 128), metavar="N|A-B", help="tokens of a prompt")
     latency.add_argument("--output-len", type=_span, default=(64, 64), metavar="N|A-B", help="tokens of an output")
     latency.add_argument("--repeats", type=int, default=5, help="measured rounds")
-    for kind in (offline, latency):
+    serve = kinds.add_parser("serve", help="times of many requests to a server that runs")
+    bench_serve.add_arguments(serve)
+    serve.add_argument("--input-len", type=_span, default=(128, 128), metavar="N|A-B", help="tokens of a prompt, about")
+    serve.add_argument("--output-len", type=_span, default=(128, 128), metavar="N|A-B", help="tokens of an output")
+    for kind in (offline, latency, serve):
         kind.add_argument("--warmup", type=int, default=1, help="rounds before measuring")
         kind.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
         kind.add_argument("--json", action="store_true", help="print JSON instead of a table")
         kind.add_argument("--output", type=Path, help="also write the JSON to this file")
+    for kind in (offline, latency):
         add_flags(kind, EngineArgs, "engine")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
+    if args.kind == "serve":
+        figures, timed = bench_serve.measure(args)
+        if args.plot:
+            args.plot.write_text(bench_serve.plot(timed))
+        return _tell(args, {"benchmark": args.kind, "url": args.url, **figures})
     from engine.llm import LLM
 
     llm = LLM(**given(args, EngineArgs))
@@ -57,15 +68,23 @@ def run(args: argparse.Namespace) -> int:
         "load_seconds": round(info.load_seconds, 3),
         **figures,
     }
+    return _tell(args, report)
+
+
+def _tell(args: argparse.Namespace, report: dict[str, Any]) -> int:
+    """Print the report, and write it where that was asked for."""
     text = json.dumps(report, indent=2)
     if args.output:
         args.output.write_text(text + "\n")
     if args.json:
         print(text)
     else:
+        report = {name: value for name, value in report.items() if value is not None}
         width = max(map(len, report))
         for name, value in report.items():
             shown = f"{value:,.4g}" if isinstance(value, float) else value
+            if isinstance(value, dict):
+                shown = "  ".join(f"{kind} {number:,.4g}" for kind, number in value.items())
             print(f"{name.replace('_', ' '):<{width}}  {shown}")
     return 0
 

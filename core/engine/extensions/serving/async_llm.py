@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncGenerator
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,7 @@ from engine import errors
 from engine.config import EngineArgs
 from engine.errors import EngineDeadError, EngineError, RequestError
 from engine.extensions.serving import core_process as wire
+from engine.extensions.serving import tokenizer as tokenizers
 from engine.frontend import Frontend, Prompt
 from engine.info import EngineInfo
 from engine.request import RequestOutput, SamplingParams
@@ -66,10 +68,17 @@ class AsyncLLM:
         self._frontend: Frontend | None = None
         self._mail: dict[str, _Mailbox] = {}
         self._ids = itertools.count()
+        self._load = wire.Load()
         self._dead: EngineError | None = None
+        self._end = asyncio.Event()
         self._closing = False
         self._starting: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
+
+    @classmethod
+    def of(cls, args: EngineArgs) -> AsyncLLM:
+        """Of options that were checked."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(args)})
 
     async def __aenter__(self) -> AsyncLLM:
         await self.start()
@@ -103,8 +112,8 @@ class AsyncLLM:
             raise _revive(message)
         assert isinstance(message, wire.Ready)
         self.info = msgspec.convert(message.info, EngineInfo)
-        tokenizer = None
-        if not self.args.skip_tokenizer_init:
+        tokenizer = tokenizers.unpack(message.tokenizer) if message.tokenizer is not None else None
+        if tokenizer is None and not self.args.skip_tokenizer_init:  # written in Python, so it cannot be sent
             tokenizer = await asyncio.to_thread(
                 load_tokenizer,
                 self.args.tokenizer or self.info.model,
@@ -119,8 +128,28 @@ class AsyncLLM:
         """Whether the core has ended; `generate` then raises `EngineDeadError`."""
         return self._dead is not None
 
+    @property
+    def load(self) -> wire.Load:
+        """How busy the core was when it last told."""
+        return self._load
+
+    @property
+    def process_id(self) -> int:
+        """Of the core."""
+        return self._child.pid
+
+    async def ended(self) -> EngineError:
+        """Wait until the core has ended, and tell why."""
+        await self._end.wait()
+        assert self._dead is not None
+        return self._dead
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        return self._front().default_params()
+
     def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises `RequestError` with `skip_tokenizer_init`."""
+        """The tokenizer, without what only Transformers' own has; raises `RequestError` with `skip_tokenizer_init`."""
         if (tokenizer := self._front().tokenizer) is None:
             raise RequestError("there is no tokenizer (skip_tokenizer_init)")
         return tokenizer
@@ -183,6 +212,8 @@ class AsyncLLM:
             self._reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
         await asyncio.to_thread(self._child.wait)
 
     def _front(self) -> Frontend:
@@ -206,6 +237,7 @@ class AsyncLLM:
             while True:
                 message = await self._receive()
                 if isinstance(message, wire.Outputs):
+                    self._load = message.load
                     changed, stopped = self._front().process(message.outputs)
                     if stopped:
                         self._send(wire.Abort(stopped))
@@ -220,6 +252,9 @@ class AsyncLLM:
         except (EOFError, OSError):
             if not self._closing:
                 self._fail(self._died())
+        except Exception as error:  # a fault of ours must not leave callers waiting for ever
+            log.exception("the engine's outputs cannot be read")
+            self._fail(EngineDeadError(f"the engine's outputs cannot be read: {type(error).__name__}: {error}"))
 
     def _refuse(self, message: wire.Refused) -> None:
         request_id = self._front().owner(message.request_id)
@@ -231,6 +266,7 @@ class AsyncLLM:
 
     def _fail(self, error: EngineError) -> None:
         self._dead = self._dead or error
+        self._end.set()
         for mailbox in self._mail.values():
             mailbox.put(self._dead)
 

@@ -1,8 +1,8 @@
 """The engine core in a process of its own, and the messages that it exchanges.
 
-A socket pair carries msgpack frames behind a four-byte length; nothing is pickled. The child is a plain ``python -m``
-of this module, so a user's script needs no main guard. It ends when the socket closes, whatever it is doing then, so it
-never outlives its parent.
+A socket pair carries msgpack frames behind a four-byte length; nothing is pickled. The child is a Python of its own
+that runs `main`, so a user's script needs no main guard. It ends when the socket closes, whatever it is doing then, so
+it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ import subprocess
 import sys
 import threading
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from engine.config import EngineArgs
 from engine.errors import EngineError, RequestError
+from engine.extensions.serving import tokenizer as tokenizers
 from engine.request import CoreOutput, CoreRequest
+from engine.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from engine.engine import EngineCore
 
 LENGTH = struct.Struct(">I")
 
@@ -50,15 +55,40 @@ class ResetPrefixCache(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """Child to parent, once: the model is loaded. `info` is an `EngineInfo` as a dictionary."""
+    """Child to parent, once: the model is loaded. `info` is an `EngineInfo` as a dictionary.
+
+    `tokenizer` is None where there is none, or where it cannot be sent.
+    """
 
     info: dict[str, Any]
+    tokenizer: tokenizers.TokenizerData | None
+
+
+class Load(msgspec.Struct, frozen=True):
+    """How busy the core is.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        kv_usage: share of the pages that sequences hold, 0 to 1.
+        prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found, so far.
+        num_preemptions: so far.
+        num_steps: so far.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
 
 
 class Outputs(msgspec.Struct, tag=True):
-    """Child to parent: what a step brought."""
+    """Child to parent: what a step brought, and the load after it. No outputs: only the load has changed."""
 
     outputs: list[CoreOutput]
+    load: Load
 
 
 class Refused(msgspec.Struct, tag=True):
@@ -91,7 +121,7 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
         child = subprocess.Popen(
-            [sys.executable, "-m", "engine.extensions.serving.core_process", str(theirs.fileno())],
+            [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
@@ -130,21 +160,8 @@ def serve(sock: socket.socket) -> None:
         from engine.engine import EngineCore
 
         core = EngineCore(start.args)
-        sock.sendall(pack(Ready(msgspec.to_builtins(core.info))))
-        while True:
-            while (message := inbox.get(block=not core.has_work())) is not None:
-                if isinstance(message, Add):
-                    for request in message.requests:
-                        try:
-                            core.add(request)
-                        except RequestError as error:
-                            sock.sendall(pack(Refused(request.request_id, str(error))))
-                elif isinstance(message, Abort):
-                    core.abort(message.request_ids)
-                elif isinstance(message, ResetPrefixCache):
-                    core.reset_prefix_cache()
-            if outputs := core.step():
-                sock.sendall(pack(Outputs(outputs)))
+        sock.sendall(pack(Ready(msgspec.to_builtins(core.info), _tokenizer(start.args, core))))
+        _loop(core, inbox, sock)
     except OSError:  # the parent is gone
         pass
     except Exception as error:
@@ -152,11 +169,55 @@ def serve(sock: socket.socket) -> None:
         sock.sendall(pack(Failed(type(error).__name__, text, traceback.format_exc())))
 
 
+def _tokenizer(args: EngineArgs, core: EngineCore) -> tokenizers.TokenizerData | None:
+    if args.skip_tokenizer_init:
+        return None
+    folder = args.tokenizer or core.info.model
+    trust, size = args.trust_remote_code, core.info.vocab_size
+    return tokenizers.pack(load_tokenizer(folder, trust_remote_code=trust, vocab_size=size))
+
+
+def _loop(core: EngineCore, inbox: _Inbox, sock: socket.socket) -> None:
+    told, num_steps = Load(), 0
+    while True:
+        load = _load(core, num_steps)
+        if not core.has_work() and load != told:  # aborts change the load without a step
+            sock.sendall(pack(Outputs([], load)))
+            told = load
+        while (message := inbox.get(block=not core.has_work())) is not None:
+            if isinstance(message, Add):
+                for request in message.requests:
+                    try:
+                        core.add(request)
+                    except RequestError as error:
+                        sock.sendall(pack(Refused(request.request_id, str(error))))
+            elif isinstance(message, Abort):
+                core.abort(message.request_ids)
+                if not core.has_work():
+                    break
+            elif isinstance(message, ResetPrefixCache):
+                core.reset_prefix_cache()
+        if core.has_work():
+            outputs = core.step()
+            num_steps += 1
+            if outputs:
+                told = _load(core, num_steps)
+                sock.sendall(pack(Outputs(outputs, told)))
+
+
+def _load(core: EngineCore, num_steps: int) -> Load:
+    return Load(
+        num_running=core.scheduler.num_running,
+        num_waiting=core.scheduler.num_waiting,
+        kv_usage=core.kv.usage(),
+        prefix_queries=core.kv.num_queried,
+        prefix_hits=core.kv.num_hit,
+        num_preemptions=core.scheduler.num_preemptions,
+        num_steps=num_steps,
+    )
+
+
 def main() -> None:
     """Entry point of the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     serve(socket.socket(fileno=int(sys.argv[1])))
-
-
-if __name__ == "__main__":
-    main()
