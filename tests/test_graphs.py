@@ -146,6 +146,20 @@ def test_eager_is_eager(folder: Path, runtime: HostGraphs, monkeypatch: pytest.M
     assert not runtime.made
 
 
+def test_what_cannot_be_captured_runs_eagerly(
+    folder: Path, runtime: HostGraphs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(launch: Callable[[], None]) -> Graph:
+        raise RuntimeError("a copy waits for the device")
+
+    plain = generate(folder)
+    declare(monkeypatch, "full")
+    monkeypatch.setattr(runtime, "capture", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert generate(folder) == plain
+    assert caplog.text.count("a copy waits for the device") == 1
+
+
 def test_staging_that_moved_is_captured_anew(
     folder: Path, runtime: HostGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,37 +76,46 @@ def test_a_name_that_there_is_not() -> None:
 class Runs(Pool):
     """A pool that runs nothing: `failing` has the cases that fail, by mutant."""
 
-    def __init__(self, failing: dict[str, set[str]]) -> None:
+    def __init__(self, failing: dict[str, Set[str]]) -> None:
         super().__init__(1)
         self.failing = failing
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Verdict]:
         for task in tasks:
-            failed = self.failing.get(task.mutant.name, set()) & {*task.cases, f"seed {task.seed}", "no such case"}
+            failed = self.failing.get(task.mutant.name, set()) & {*task.cases, f"seed {task.seed}"}
             yield Verdict(task, tuple(failed), "because", 1.0)
 
 
-def judge(killer: str, failing: set[str]) -> gate.Outcome:
-    mutant = Mutant("planted", "Is planted.", object, "L1", killer)
-    (outcome,) = gate.judge_faults([mutant], Runs({"planted": failing}), print)
+CASE = "test_ops.py::test_linear"
+
+
+def judge(failing: Set[str], control: Set[str] = frozenset()) -> gate.Outcome:
+    with gate.installed():
+        pool = Runs({"planted": failing, "loop_of_requests": control})
+        (outcome,) = gate.judge_faults([Mutant("planted", "Is planted.", object, "L1", CASE)], pool, print)
     return outcome
 
 
 def test_a_fault_that_its_case_kills_is_no_problem() -> None:
-    outcome = judge("test_ops.py::test_linear", {"test_ops.py::test_linear"})
-    assert (outcome.killer, outcome.problem) == ("test_ops.py::test_linear", "")
+    outcome = judge({CASE})
+    assert (outcome.killer, outcome.problem) == (CASE, "")
 
 
 def test_a_fault_that_nothing_kills_is_a_problem() -> None:
-    outcome = judge("test_ops.py::test_linear", set())
+    outcome = judge(set())
     assert not outcome.killer
-    assert outcome.problem == "test_ops.py::test_linear let it pass; nothing killed it"
+    assert outcome.problem == f"{CASE} let it pass; nothing killed it"
 
 
 def test_a_case_that_lost_its_power_is_a_problem() -> None:
-    outcome = judge("test_ops.py::test_linear", {"test_ops.py"})
+    outcome = judge({"test_ops.py"})
     assert outcome.killer == "test_ops.py"
-    assert "let it pass; test_ops.py killed it" in outcome.problem
+    assert outcome.problem == f"{CASE} let it pass; test_ops.py killed it"
+
+
+def test_a_case_that_fails_what_is_right_proves_nothing() -> None:
+    outcome = judge({CASE}, control={CASE})
+    assert outcome.problem == f"{CASE} fails on loop_of_requests, which is right"
 
 
 def test_a_right_variant_that_fails_with_one_seed_is_a_problem() -> None:
@@ -119,8 +128,7 @@ def test_a_right_variant_that_fails_with_one_seed_is_a_problem() -> None:
 
 
 def test_the_score_counts_what_was_killed_and_what_passed() -> None:
-    killed = judge("test_ops.py::test_linear", {"test_ops.py::test_linear"})
-    survived = judge("test_ops.py::test_linear", set())
+    killed, survived = judge({CASE}), judge(set())
     passed = gate.Outcome(replace(killed.mutant, tier=""), "", "", "", 1.0)
     failed = replace(passed, problem="failed")
     made = gate.score([killed, killed, survived, passed, failed], 10)

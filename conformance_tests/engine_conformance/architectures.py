@@ -96,9 +96,9 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
 
 def head_size(name: str, declared: Capabilities) -> dict[str, Any]:
     """A head size that the platform declares, for `tiny_model`; none where the usual one will do, or cannot be set."""
-    config = tiny_config(name)
-    usual = getattr(config, "head_dim", None)
-    if usual is None or usual in declared.head_dims or hasattr(config, "kv_lora_rank"):
+    fields = vars(tiny_config(name))
+    usual, each_layer_its_own = fields.get("head_dim"), fields.get("_heterogeneity_spec") is not None
+    if usual is None or usual in declared.head_dims or each_layer_its_own or "kv_lora_rank" in fields:
         return {}
     return {"head_dim": members(declared.head_dims, (32, 64, 128))[0]}
 

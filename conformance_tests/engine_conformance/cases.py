@@ -205,11 +205,11 @@ def specs(draw: st.DrawFn, declared: Capabilities, feature: str, block_size: int
         choices: list[str] = [*sorted(declared.attention)] or ["causal"]
         wanted = draw(st.lists(st.sampled_from(choices), max_size=4, unique=True))
     for name in wanted:
-        spec = _with(spec, name, draw, block_size)
+        spec = _with(spec, name, draw, block_size, declared)
     return spec
 
 
-def _with(spec: AttentionSpec, feature: str, draw: st.DrawFn, block_size: int) -> AttentionSpec:
+def _with(spec: AttentionSpec, feature: str, draw: st.DrawFn, block_size: int, declared: Capabilities) -> AttentionSpec:
     near = [max(1, n) for n in (1, block_size - 1, block_size, block_size + 1, 3 * block_size)]
     local = spec.window is not None or spec.chunk is not None or not spec.causal
     match feature:
@@ -224,7 +224,7 @@ def _with(spec: AttentionSpec, feature: str, draw: st.DrawFn, block_size: int) -
         case "alibi":
             return replace(spec, alibi=True)
         case "v_head_dim":
-            return replace(spec, v_head_dim=draw(st.sampled_from((8, 48, 72))))
+            return replace(spec, v_head_dim=draw(st.sampled_from(members(declared.v_head_dims, (8, 48, 72)))))
         case "bidirectional" if not local:
             return replace(spec, causal=False)
     return spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,13 @@ EXPECTED: dict[str, str] = json.loads(Path(__file__).with_name("architectures.js
 
 
 @pytest.mark.parametrize("name", [n for n in causal_lm_names() if n in EXPECTED])
-def test_architecture(name: str, conformance_platform: Platform) -> None:
+def test_architecture(
+    name: str, conformance_platform: Platform, record_property: Callable[[str, object], None]
+) -> None:
     """The outcome is the one that the supported-models page states."""
     outcome = check_architecture(name, conformance_platform.name)
+    if outcome.status == "undeclared":
+        record_property("rejected", outcome.detail)
     assert outcome.status in ({"refused"} if EXPECTED[name] else {"right", "undeclared"}), outcome
     assert outcome.detail or outcome.status == "right", "a refusal gives its reason"
 

@@ -260,6 +260,7 @@ def test_threads(conformance_platform: Platform) -> None:
     assert results == [5050.0] * 15
 
 
+@pytest.mark.conformance(must=False, capability="devices")
 def test_current_device_is_of_a_thread(conformance_platform: Platform, record_property: Record) -> None:
     """Two devices, each current in a thread of its own, in a process of its own: neither moves the other's."""
     probe = conformance_platform.probe()

@@ -74,6 +74,17 @@ class CoreFault:
         """Break the engine."""
 
 
+class Late:
+    """A part of the simulated accelerator, whose streams really run late."""
+
+    _device_class: ClassVar[type[TorchDevice]] = TorchDevice
+
+    @classmethod
+    def _change(cls, backend: Any) -> Any:
+        """Change an attention backend."""
+        return backend
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One entry.
@@ -142,8 +153,12 @@ def catalogue() -> dict[str, Mutant]:
 def mutant_platform(name: str) -> type[Platform]:
     """The platform ``mutant:NAME``: what the entry point of the family names."""
     mutant = catalogue()[name]
-    base = mutant.part if issubclass(mutant.part, Platform) else _Mutated
-    attributes = {"name": f"{FAMILY}:{name}", "_part": mutant.part, "_declares": dict(mutant.declares)}
+    base: Any = mutant.part if issubclass(mutant.part, Platform) else _Mutated
+    if issubclass(mutant.part, Late):
+        from engine_mutation.late import LatePlatform
+
+        base = LatePlatform
+    attributes: dict[str, Any] = {"name": f"{FAMILY}:{name}", "_part": mutant.part, "_declares": dict(mutant.declares)}
     return type(mutant.part.__name__, (base,), {**attributes, "__doc__": mutant.says})
 
 

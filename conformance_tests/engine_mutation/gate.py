@@ -28,7 +28,8 @@ from typing import Any
 
 import pytest
 
-from engine_mutation.catalogue import FAMILY, CoreFault, Mutant, catalogue
+from engine_mutation.catalogue import FAMILY, CoreFault, Late, Mutant, catalogue
+from engine_sdk import GraphRuntime
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "conformance_tests" / "engine_conformance"
@@ -71,10 +72,6 @@ class Task:
     examples: float = 1.0
     first: bool = True
 
-    def nodes(self) -> list[str]:
-        """The cases as pytest names them, the platform among their parameters."""
-        return [node(case, self.mutant) for case in self.cases]
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -88,10 +85,14 @@ class Verdict:
 
 
 def node(case: str, mutant: Mutant) -> str:
-    """A path for pytest, the platform's name as the first parameter; without parameters, all that the case has."""
-    if case.startswith("tests/"):
-        return str(ROOT / case)
-    return str(SUITE / case.replace("[", f"[{platform_name(mutant)}-"))
+    """A case as pytest names it below the root, the platform's name as its first parameter; or what they begin with."""
+    path = case if case.startswith("tests/") else f"{SUITE.relative_to(ROOT)}/{case}"
+    return path.replace("[", f"[{platform_name(mutant)}-")
+
+
+def is_of(found: str, case: str) -> bool:
+    """Whether a test is a case, one of a case's parameters, or in a module."""
+    return found == case or found.startswith((f"{case}[", f"{case}::"))
 
 
 def platform_name(mutant: Mutant) -> str:
@@ -100,22 +101,26 @@ def platform_name(mutant: Mutant) -> str:
 
 
 class Recorder:
-    """A plugin of pytest's that remembers what failed.
+    """A plugin of pytest's that chooses cases, and remembers what failed.
 
     Args:
+        wanted: the cases.
         drawn_only: leave out cases without Hypothesis, for which one seed is like another.
     """
 
-    def __init__(self, drawn_only: bool = False) -> None:
-        self._drawn_only = drawn_only
+    def __init__(self, wanted: Sequence[str], drawn_only: bool = False) -> None:
+        self._wanted, self._drawn_only = wanted, drawn_only
         self.failed: list[str] = []
         self.why = ""
         self.ran = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Choose the cases."""
+        """Choose."""
+        items[:] = [i for i in items if any(is_of(i.nodeid, w) for w in self._wanted)]
         if self._drawn_only:
-            items[:] = [i for i in items if "certify(" in inspect.getsource(getattr(i, "function"))]  # noqa: B009
+            items[:] = [
+                i for i in items if isinstance(i, pytest.Function) and "certify(" in inspect.getsource(i.function)
+            ]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Remember a failure."""
@@ -189,19 +194,20 @@ def run_here(task: Task, output: Any) -> dict[str, Any]:
     cases.SCALES["smoke"] = replace(smoke, examples=smoke.examples * task.examples)
     if issubclass(task.mutant.part, CoreFault):
         task.mutant.part.patch()
-    recorder = Recorder(drawn_only=task.seed > 0)
+    nodes = [node(case, task.mutant) for case in task.cases]
+    recorder = Recorder(nodes, drawn_only=task.seed > 0)
+    files = sorted({str(ROOT / name.partition("::")[0]) for name in nodes})
     options = [*_OPTIONS, f"--timeout={LIMIT}", f"--rootdir={ROOT}", f"--conformance-seed={task.seed}"]
     options += ["-x"] if task.first else []
     # Unit tests of our own core take no platform but the one they name.
     options += [] if task.cases[0].startswith("tests/") else ["--platform", platform_name(task.mutant)]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    code = pytest.main([*options, *task.nodes()], plugins=[recorder])
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not recorder.failed:
+    code = pytest.main([*options, *files], plugins=[recorder])
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        recorder.failed = [_MISSING]
+    elif code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         output.seek(0)
-        said = output.read().decode(errors="replace").strip()[-2000:]
-        if "not found: " not in said:
-            raise RuntimeError(f"the suite did not begin\n{said}")
-        recorder.failed, recorder.why = [_MISSING], said
+        raise RuntimeError(f"the suite did not begin\n{output.read().decode(errors='replace').strip()[-2000:]}")
     return {"failed": recorder.failed, "why": recorder.why, "ran": recorder.ran}
 
 
@@ -276,17 +282,46 @@ class Outcome:
     seconds: float
 
 
+def control_of(mutant: Mutant) -> str:
+    """The right variant that a fault is made of: what fails on it too proves nothing."""
+    if issubclass(mutant.part, Late):
+        return "runs_late"
+    return "host_replay" if issubclass(mutant.part, GraphRuntime) else "loop_of_requests"
+
+
+def judge_controls(mutants: Sequence[Mutant], pool: Pool, show: Callable[[str], None]) -> dict[str, str]:
+    """Run the faults' cases on what the faults are made of; the names of faults whose case fails there, with why."""
+    groups: dict[tuple[str, bool], list[Mutant]] = {}
+    for mutant in mutants:
+        groups.setdefault((control_of(mutant), mutant.killer.startswith("tests/")), []).append(mutant)
+    tasks = {
+        Task(catalogue()[name], tuple(sorted({m.killer for m in members})), first=False): members
+        for (name, _), members in groups.items()
+    }
+    found: dict[str, str] = {}
+    for verdict in pool.run(list(tasks)):
+        control, failed = verdict.task.mutant, [short(f, verdict.task.mutant) for f in verdict.failed]
+        show(f"control   {control.name}: {len(failed)} of {verdict.ran} cases failed, {verdict.seconds:.1f} s")
+        for mutant in tasks[verdict.task]:
+            case = mutant.killer.rpartition("/")[2]
+            if bad := [f for f in failed if is_of(f, case) or not f.startswith("test_")]:
+                found[mutant.name] = f"{bad[0]} fails on {control.name}, which is right\n{verdict.why}"
+    return found
+
+
 def judge_faults(mutants: Sequence[Mutant], pool: Pool, show: Callable[[str], None]) -> list[Outcome]:
     """Run each fault's own case, then the rest on those that it let pass."""
     outcomes: dict[str, Outcome] = {}
     passed: list[Verdict] = []
+    unfair = judge_controls(mutants, pool, show)
     for verdict in pool.run([Task(m, (m.killer,)) for m in mutants]):
         mutant = verdict.task.mutant
         if not verdict.failed or verdict.failed == (_MISSING,):
             passed.append(verdict)
             continue
-        outcomes[mutant.name] = Outcome(mutant, short(verdict.failed[0], mutant), "", verdict.why, verdict.seconds)
-        show(f"killed    {mutant.name} by {short(verdict.failed[0], mutant)} in {verdict.seconds:.1f} s")
+        killer, problem = short(verdict.failed[0], mutant), unfair.get(mutant.name, "").partition("\n")[0]
+        outcomes[mutant.name] = Outcome(mutant, killer, problem, verdict.why, verdict.seconds)
+        show(f"{'UNFAIR   ' if problem else 'killed   '} {mutant.name} by {killer} in {verdict.seconds:.1f} s")
     seconds = {v.task.mutant.name: v.seconds for v in passed}
     missing = {v.task.mutant.name for v in passed if v.failed}
     for verdict in pool.run([Task(v.task.mutant, _REST[v.task.mutant.tier]) for v in passed]):

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from engine_npu import NpuPlatform  # type: ignore[import-not-found]
 from torch import Tensor
 
-from engine_mutation.catalogue import fault, variant
-from engine_sdk import AttentionSpec, Device, Event, HostEvent, TorchDevice
-
-
-class _NpuPlatform(NpuPlatform):  # type: ignore[misc]
-    """The simulated accelerator with another device."""
-
-    _of: ClassVar[type[TorchDevice]] = TorchDevice
-
-    @functools.cached_property
-    def _device(self) -> Device:
-        return self._of("npu", self.device_index)
+from engine_mutation.catalogue import Late, fault, variant
+from engine_sdk import Event, HostEvent, TorchDevice
 
 
 @variant("test_device.py")
-class RunsLate(_NpuPlatform):
+class RunsLate(Late):
     """A device whose work is done long after it was launched."""
 
 
 @fault("L0", "test_device.py::test_waiting_waits[event]")
-class EventAlwaysDone(_NpuPlatform):
+class EventAlwaysDone(Late):
     """Events wait for nothing, and are always done."""
 
-    class _of(TorchDevice):  # noqa: N801
+    class _device_class(TorchDevice):  # noqa: N801
         def event(self) -> Event:
             return HostEvent()
 
@@ -50,28 +38,28 @@ class _Hasty:
 
 
 @fault("L0", "test_device.py::test_waiting_waits[query]")
-class QueryAlwaysTrue(_NpuPlatform):
+class QueryAlwaysTrue(Late):
     """An event that is asked says that it is done, whether or not it is."""
 
-    class _of(TorchDevice):  # noqa: N801
+    class _device_class(TorchDevice):  # noqa: N801
         def event(self) -> Event:
             return _Hasty(super().event())
 
 
 @fault("L0", "test_device.py::test_waiting_waits[device]")
-class SynchronizeReturnsAtOnce(_NpuPlatform):
+class SynchronizeReturnsAtOnce(Late):
     """To wait for the device waits for nothing."""
 
-    class _of(TorchDevice):  # noqa: N801
+    class _device_class(TorchDevice):  # noqa: N801
         def synchronize(self) -> None:
             pass
 
 
 @fault("L0", "test_device.py::test_side_stream_after_long_work")
-class SideStreamStartsAtOnce(_NpuPlatform):
+class SideStreamStartsAtOnce(Late):
     """The side stream does not wait for what was launched before."""
 
-    class _of(TorchDevice):  # noqa: N801
+    class _device_class(TorchDevice):  # noqa: N801
         @contextmanager
         def side_stream(self) -> Iterator[None]:
             main = torch.accelerator.current_stream(self.torch_device)
@@ -84,10 +72,10 @@ class SideStreamStartsAtOnce(_NpuPlatform):
 
 
 @fault("L0", "test_device.py::test_side_stream_after_long_work")
-class SideStreamNotJoined(_NpuPlatform):
+class SideStreamNotJoined(Late):
     """What comes after the side stream's work does not wait for it."""
 
-    class _of(TorchDevice):  # noqa: N801
+    class _device_class(TorchDevice):  # noqa: N801
         @contextmanager
         def side_stream(self) -> Iterator[None]:
             main = torch.accelerator.current_stream(self.torch_device)
@@ -100,10 +88,10 @@ class SideStreamNotJoined(_NpuPlatform):
 
 
 @fault("L0", "test_device.py::test_side_stream_after_long_work")
-class SideStreamKeptAfterAnError(_NpuPlatform):
+class SideStreamKeptAfterAnError(Late):
     """An error inside of a side stream leaves it current."""
 
-    class _of(TorchDevice):  # noqa: N801
+    class _device_class(TorchDevice):  # noqa: N801
         @contextmanager
         def side_stream(self) -> Iterator[None]:
             main = torch.accelerator.current_stream(self.torch_device)
@@ -129,14 +117,14 @@ def _overtaking(layout: Any, name: str) -> Any:
     return early
 
 
-class _Swapping(_NpuPlatform):
+class _Swapping(Late):
     """The layout's method `_method` does not wait for the work before it, nor the work after for it."""
 
     _method: ClassVar[str]
 
-    def attention(self, spec: AttentionSpec) -> Any:
-        backend: Any = super().attention(spec)
-        make, name = backend.layout, self._method
+    @classmethod
+    def _change(cls, backend: Any) -> Any:
+        make, name = backend.layout, cls._method
 
         def layout(block_size: int) -> Any:
             made = make(block_size)

@@ -9,6 +9,7 @@ A graph reads the step's arrays where `Staging` puts them, and leaves the logits
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from engine.config import SchedulerConfig
 from engine.interfaces import AttentionBackend, AttentionBatch, Graph, GraphRuntime, Plan
 from engine.staging import Staging
 from engine.step import Step
+
+log = logging.getLogger(__name__)
 
 _MOST_MIXED_TOKENS = 2048  # beyond, only full steps are captured, which all have one size
 _SHORTEST = 1024  # tokens of the smallest limit of sequences; the next ones are four times as long
@@ -61,9 +64,12 @@ class StepGraphs:
         self._max_num_seqs, self._max_model_len = config.max_num_seqs, config.max_model_len
         self._captured: dict[StepShape, _Captured] = {}
         self._logits: Tensor | None = None
+        self._fails = False
 
     def shape(self, step: Step) -> StepShape | None:
-        """What to pad a step to; None for one that is not worth a graph, or wants logits of its prompts."""
+        """What to pad a step to; None for one that cannot or need not be captured, or wants logits of its prompts."""
+        if self._fails:
+            return None
         count, uniform = step.num_tokens, step.num_tokens == len(step.work)
         if not uniform and not (self._mixed and (count <= _MOST_MIXED_TOKENS or count == self._max_tokens)):
             return None
@@ -106,9 +112,13 @@ class StepGraphs:
         gc.disable()  # whatever is collected during a capture would give its memory back within it
         try:
             graph = self._runtime.capture(launch)
+        except RuntimeError as error:  # some models' own code asks for values, which waits for the device
+            self._fails = True
+            log.warning("steps run without graphs, and slower, since they cannot be captured: %s", error)
+        else:
+            self._captured[shape] = _Captured(graph, self._staging.moved, groups, plans)
         finally:
             gc.enable()
-        self._captured[shape] = _Captured(graph, self._staging.moved, groups, plans)
 
 
 def _round_up(count: int) -> int:

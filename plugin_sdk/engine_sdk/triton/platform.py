@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 
+from engine.errors import PlatformUnavailableError
 from engine.interfaces import (
     AttentionBackend,
     AttentionSpec,
@@ -23,6 +25,11 @@ class TritonPlatform(TorchPlatform):
     Everything that it does can be taken apart: each kernel has a class or function of its own in `engine_sdk.triton`.
     """
 
+    def __init__(self, device_index: int = 0) -> None:
+        super().__init__(device_index)
+        if importlib.util.find_spec("triton") is None:
+            raise PlatformUnavailableError(f"{self.name} needs Triton, which is not installed: pip install triton")
+
     def capabilities(self) -> Capabilities:
         """What the kernels can do: every feature, in steps of any kind that may be captured."""
         return self._triton_capabilities
@@ -31,7 +38,8 @@ class TritonPlatform(TorchPlatform):
     def _triton_capabilities(self) -> Capabilities:
         from engine_sdk.triton.attention import HEAD_DIMS
 
-        return dataclasses.replace(super().capabilities(), head_dims=HEAD_DIMS, graphs="full")
+        declared = dataclasses.replace(super().capabilities(), head_dims=HEAD_DIMS, v_head_dims=HEAD_DIMS)
+        return declared if self.graphs() is None else dataclasses.replace(declared, graphs="full")
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
         """A `TritonAttention`."""

@@ -114,9 +114,16 @@ class Client:
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
     async def get(self, path: str) -> Any:
-        """A JSON answer."""
+        """A JSON answer; raises `EngineError` where there is none, or an error."""
+        return await self._json("GET", path, b"")
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """A JSON answer to `body`; raises as `get` does."""
+        return await self._json("POST", path, json.dumps(body).encode())
+
+    async def _json(self, method: str, path: str, data: bytes) -> Any:
         try:
-            async with self._answer("GET", path, b"") as (status, lines):
+            async with self._answer(method, path, data) as (status, lines):
                 body = "".join([line async for line in lines])
         except OSError as error:
             raise EngineError(
