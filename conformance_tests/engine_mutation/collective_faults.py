@@ -103,7 +103,7 @@ class EmptySumFails(TorchCommunicator):
         return super().all_reduce(x)
 
 
-@fault("L4", _check("all_reduce"))
+@fault("L4", _check("results_stay"))
 class ResultOverwritten(TorchCommunicator):
     """Results live in one workspace, and the next call of the same shape overwrites them."""
 

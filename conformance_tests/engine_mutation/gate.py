@@ -319,8 +319,9 @@ def judge_faults(mutants: Sequence[Mutant], pool: Pool, show: Callable[[str], No
         if not verdict.failed or verdict.failed == (_MISSING,):
             passed.append(verdict)
             continue
-        killer, problem = short(verdict.failed[0], mutant), unfair.get(mutant.name, "").partition("\n")[0]
-        outcomes[mutant.name] = Outcome(mutant, killer, problem, verdict.why, verdict.seconds)
+        killer = short(verdict.failed[0], mutant)
+        problem, _, why = unfair.get(mutant.name, "").partition("\n")
+        outcomes[mutant.name] = Outcome(mutant, killer, problem, why or verdict.why, verdict.seconds)
         show(f"{'UNFAIR   ' if problem else 'killed   '} {mutant.name} by {killer} in {verdict.seconds:.1f} s")
     seconds = {v.task.mutant.name: v.seconds for v in passed}
     missing = {v.task.mutant.name for v in passed if v.failed}
@@ -428,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes += judge_variants([m for m in mutants if not m.faulty], options.seeds, pool, show)
     print(table(outcomes))
     for outcome in outcomes:
-        if outcome.why and (options.why or (outcome.problem and not outcome.mutant.faulty)):
+        if outcome.why and (options.why or outcome.problem):
             print(f"\n{outcome.mutant.name}: {outcome.mutant.says}\n{outcome.why[-1500:]}")
     made = score(outcomes, options.seeds)
     took, used = time.monotonic() - began, sum(o.seconds for o in outcomes)

@@ -149,7 +149,7 @@ class SwapInOverABlockStillRead(_Swapping):
     _method = "import_blocks"
 
 
-@fault("L3", "test_kv_cache.py::test_copies_come_in_order")
+@fault("L3", "test_kv_cache.py::test_copy_blocks")
 class CopyBeforeTheComputeEnded(_Swapping):
     """Blocks are copied while the step that fills them still runs."""
 

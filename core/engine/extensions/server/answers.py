@@ -175,6 +175,21 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str | None = None
 
 
+class Error(msgspec.Struct):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """The answer to a request that failed."""
+
+    error: Error
+
+
 def schemas(*shapes: Any) -> dict[str, Any]:
     """JSON schemas of these answers and of what they are made of, by name, for the OpenAPI document."""
     _, found = msgspec.json.schema_components(shapes, ref_template="#/components/schemas/{name}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from engine.extensions.server import errors
+from engine.extensions.server import answers, errors
 from engine.extensions.server.args import ServerArgs
 from engine.extensions.server.chat import Chat
 from engine.extensions.server.gate import Gate
@@ -45,6 +47,7 @@ def build(args: ServerArgs, service: Service) -> ASGIApp:
     for router in ROUTERS:
         app.include_router(router)
     errors.install(app)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     inner: ASGIApp = app
     if args.cors_origins:
         inner = CORSMiddleware(
@@ -55,3 +58,31 @@ def build(args: ServerArgs, service: Service) -> ASGIApp:
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return Gate(inner, args.api_keys(), args.max_request_bytes, service.metrics, args.access_log)
+
+
+ANSWERS = {"/v1/completions": answers.Completion, "/v1/chat/completions": answers.ChatCompletion}
+"""Shapes of answers, by route."""
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the answers' shapes and our errors in place of FastAPI's."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = found["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas |= answers.schemas(*ANSWERS.values(), answers.ErrorBody)
+    for path, methods in found["paths"].items():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = _content(answers.ErrorBody, "What went wrong")
+            if path in ANSWERS:
+                operation["responses"]["200"] = _content(ANSWERS[path], "The answer; a stream of pieces of it if asked")
+    app.openapi_schema = found
+    return found
+
+
+def _content(shape: type, about: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{shape.__name__}"}
+    return {"description": about, "content": {"application/json": {"schema": schema}}}

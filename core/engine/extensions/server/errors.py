@@ -19,16 +19,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineError, RequestError
+from engine.extensions.server.answers import Error, ErrorBody
 from engine.request import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -70,20 +72,19 @@ class APIError(HTTPException):
         self.param = param
         self.code = code
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorBody:
         """The object that clients get."""
         message = self.message if len(self.message) <= _LONGEST else self.message[:_LONGEST] + "..."
-        error = {
-            "message": message.encode("utf-8", "replace").decode(),  # half a surrogate pair cannot be sent
-            "type": _TYPES.get(self.status_code, "invalid_request_error"),
-            "param": self.param and self.param.encode("utf-8", "replace").decode(),
-            "code": self.code,
-        }
-        return {"error": error}
+        kind = _TYPES.get(self.status_code, "invalid_request_error")
+        return ErrorBody(Error(_sendable(message), kind, self.param and _sendable(self.param), self.code))
 
     def response(self) -> Response:
         """As the answer to a request."""
         return Response(msgspec.json.encode(self.body()), self.status_code, self.headers, media_type="application/json")
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
 
 
 def unavailable(message: str, retry_after: int = 1) -> APIError:
@@ -113,7 +114,9 @@ def as_api_error(error: BaseException, path: str = "") -> APIError:
         case EngineError():
             return unavailable(str(error), retry_after=10)
         case RequestValidationError():
-            return _invalid(error)
+            return _invalid([{**e, "loc": e["loc"][1:]} for e in error.errors()])
+        case ValidationError():
+            return _invalid(error.errors())
         case HTTPException(status_code=404):
             return APIError(404, f"there is no route {path!r}; /openapi.json lists all", code="route_not_found")
         case HTTPException():
@@ -122,14 +125,13 @@ def as_api_error(error: BaseException, path: str = "") -> APIError:
     return APIError(500, "the server failed on this request; its log tells more under the request's id")
 
 
-def _invalid(error: RequestValidationError) -> APIError:
+def _invalid(mistakes: Sequence[Any]) -> APIError:
     """The first mistake; of a union, the deepest one, which is the member that the client meant."""
-    mistakes = sorted(error.errors(), key=lambda e: len(e["loc"]), reverse=True)
-    first = mistakes[0]
+    first = max(mistakes, key=lambda e: len(e["loc"]))
     if first["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {first['ctx']['error']}", code="json_invalid")
     # Names of union members and of validators are in the path too; field names are lower case.
-    steps = [str(step) for step in first["loc"][1:] if isinstance(step, int) or re.fullmatch(r"[a-z][a-z0-9_]*", step)]
+    steps = [str(step) for step in first["loc"] if isinstance(step, int) or re.fullmatch(r"[a-z][a-z0-9_]*", step)]
     words = {"str", "int", "list", "dict", "bool", "float", "constrained"}
     param = ".".join(s for s in steps if s not in words) or None
     return APIError(400, f"{param or 'the body'}: {first['msg']}", param, first["type"])
@@ -141,5 +143,5 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error, request.url.path).response()
 
-    for kind in (HTTPException, RequestValidationError, EngineError, Exception):
+    for kind in (HTTPException, RequestValidationError, ValidationError, EngineError, Exception):
         app.add_exception_handler(kind, answer)

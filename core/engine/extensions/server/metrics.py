@@ -147,11 +147,14 @@ class Following:
         if new:
             metrics._generation_tokens.inc(new)
             if self._last is None:
-                self._first = now
+                # where only the end is seen, the engine's own clock tells when it began
+                self._first = self._last = (output.metrics and output.metrics.first_token_time) or now
                 metrics._prompt_tokens.inc(len(output.prompt_token_ids))
-                metrics._first_token.observe(now - self._begin)
-            else:
-                metrics._inter_token.observe((now - self._last) / max(1, new // len(output.outputs)))
+                metrics._first_token.observe(self._first - self._begin)
+                new -= len(output.outputs)
+            if (steps := max(0, new) // len(output.outputs)) > 0:
+                for _ in range(steps):
+                    metrics._inter_token.observe((now - self._last) / steps)
             self._last = now
         if output.finished:
             self._finish(output, now)

@@ -7,10 +7,11 @@ that depend on the model are checked by the engine; here are those without which
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.extensions.server.errors import APIError
 
@@ -29,6 +30,16 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     model: str | None = Field(None, description="a served name; none is the model that is there")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """Refuse halves of surrogate pairs, which JSON can write and no encoding can send on."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise ValueError(f"the body has text that is no Unicode, or is nested too deeply: {error}") from None
+        return data
 
     def check_unknown(self, allow: bool) -> None:
         """Refuse fields that do not exist, as OpenAI does, or ignore them with a line in the log."""

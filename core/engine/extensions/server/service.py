@@ -189,8 +189,10 @@ class Service:
         defaults = self.llm.info.default_sampling_params
         return SamplingParams(**{"max_tokens": None, **defaults, **given})
 
-    async def stream(self, call: Call, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Complete prompts together: each job's index with its cumulative output, as it grows.
+    async def stream(
+        self, call: Call, jobs: Sequence[Job], *, final_only: bool = False
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Complete prompts together: each job's index with its cumulative output, as it grows, or at its end only.
 
         Raises:
             APIError: no room, no engine, or the deadline passed.
@@ -200,7 +202,7 @@ class Service:
         seconds = min(limits, default=None)
         end = None if seconds is None else asyncio.get_running_loop().time() + seconds
         with self._places(sum(job.params.n for job in jobs)):
-            followed = [self._follow(i, call, job) for i, job in enumerate(jobs)]
+            followed = [self._follow(i, call, job, final_only) for i, job in enumerate(jobs)]
             async with aclosing(followed[0] if len(followed) == 1 else _merge(followed)) as outputs:
                 while True:
                     try:
@@ -220,12 +222,14 @@ class Service:
     async def complete(self, call: Call, jobs: Sequence[Job]) -> list[RequestOutput]:
         """The final outputs of all jobs, in their order; raises as `stream` does."""
         latest: dict[int, RequestOutput] = {}
-        async with aclosing(self.stream(call, jobs)) as outputs:
+        async with aclosing(self.stream(call, jobs, final_only=True)) as outputs:
             async for i, output in outputs:
                 latest[i] = output
         return [latest[i] for i in range(len(jobs))]
 
-    async def _follow(self, index: int, call: Call, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def _follow(
+        self, index: int, call: Call, job: Job, final_only: bool
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         self._ids += 1
         following = self.metrics.follow(job.params)
         generating = self.llm.generate(
@@ -234,6 +238,7 @@ class Service:
             f"{call.id}#{self._ids}",
             priority=call.priority,
             cache_salt=call.cache_salt,
+            final_only=final_only,
         )
         finished = False
         try:

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 class _Mailbox:
     """The latest output of one request. Outputs are cumulative, so a slow reader skips some and misses nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, final_only: bool) -> None:
+        self.final_only = final_only
         self._item: RequestOutput | BaseException | None = None
         self._there = asyncio.Event()
 
@@ -162,8 +163,11 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        final_only: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt, yielding its cumulative output as it grows. Leaving the loop aborts the request.
+
+        With `final_only` nothing but the finished output comes, which spares the caller to wake up at each step.
 
         Raises:
             RequestError: the prompt or a parameter is wrong.
@@ -178,7 +182,7 @@ class AsyncLLM:
         if request_id is None:
             request_id = f"async-{next(self._ids)}"
         requests = self._front().admit(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
-        self._mail[request_id] = mailbox = _Mailbox()
+        self._mail[request_id] = mailbox = _Mailbox(final_only)
         try:
             self._send(wire.Add(requests))
             while True:
@@ -242,7 +246,8 @@ class AsyncLLM:
                     if stopped:
                         self._send(wire.Abort(stopped))
                     for output in changed:
-                        if mailbox := self._mail.get(output.request_id):
+                        mailbox = self._mail.get(output.request_id)
+                        if mailbox is not None and (output.finished or not mailbox.final_only):
                             mailbox.put(output)
                 elif isinstance(message, wire.Refused):
                     self._refuse(message)

@@ -181,9 +181,9 @@ class _Making:
 
     def fail(self, error: Exception) -> Iterator[bytes]:
         """The engine could not go on."""
-        told = as_api_error(error).body()["error"]
+        told = as_api_error(error).body().error
         self.response["status"] = "failed"
-        self.response["error"] = {"code": "server_error", "message": told["message"]}
+        self.response["error"] = {"code": "server_error", "message": told.message}
         yield self.event("response.failed", response=self.response)
 
     def _part(self, kind: str, part: str, text: str) -> Iterator[bytes]:
