@@ -246,7 +246,7 @@ def _snapshot(completion: CompletionOutput) -> CompletionOutput:
 
 def _token_ids(given: Sequence[Any]) -> list[int]:
     ids = list(given)
-    for i in ids:
+    for i in ids if set(map(type, ids)) != {int} else ():
         if not isinstance(i, int) or isinstance(i, bool):
             raise RequestError(f"prompt_token_ids has {i!r}; token ids are whole numbers")
     return ids
