@@ -66,11 +66,11 @@ def attend(
 
     The bound is derived, not chosen. With u the unit of rounding, A = sum p|v|, n keys, eta what is lost near zero and
     delta the largest sum of |q||k| times the scale:
-    ``B = u(|o| + A) + (2^-18 + 2^-23 (1 + sqrt(D)/4) delta) A + eta/2 n max|v| + 4 eta``: rounding the output and the
-    probabilities, fp32 arithmetic, its part in the scores (sums of D terms, whose roundings add like random ones; it
-    only shows in fp32), and underflow of probabilities. Class A may err
-    by 2B; class B, which rounds the scores to the dtype, by ``B + 2u delta A``. With ALiBi, whose terms may be large,
-    fp32 also rounds these: ``2^-23 sum p |slope * distance| (|v| + |o|)`` more.
+    ``B = u(|o| + A) + (2^-18 + 2^-24 sqrt(n) + 2^-23 (1 + sqrt(D)/4) delta) A + eta/2 n max|v| + 4 eta``: rounding the
+    output and the probabilities, fp32 arithmetic, its sums of n terms and its part in the scores (sums of D terms;
+    roundings add like random ones, and show in fp32 only), and underflow of probabilities. Class A may err by 2B; class
+    B, which rounds the scores to the dtype, by ``B + 2u delta A``. With ALiBi, whose terms may be large, fp32 also
+    rounds these: ``2^-23 sum p |slope * distance| (|v| + |o|)`` more.
 
     Args:
         spec: what to compute.
@@ -102,9 +102,10 @@ def attend(
         p = torch.exp(scores - lse)
         out = p @ v_h
         mass = p @ v_h.abs()
-        largest = v_h.abs().amax() * seen.sum(1, keepdim=True)
+        num_seen = seen.sum(1, keepdim=True)
+        largest = v_h.abs().amax() * num_seen
         delta = (abs(spec.scale) * (q_h.abs() @ k_h.abs().T)).masked_fill(~seen, 0).amax(1, keepdim=True)
-        loss = FP32 + 2.0**-23 * (1 + spec.head_dim**0.5 / 4) * delta
+        loss = FP32 + 2.0**-24 * num_seen.double().sqrt() + 2.0**-23 * (1 + spec.head_dim**0.5 / 4) * delta
         bias = 2.0**-23 * p[:, :num_keys] * (slope * distance).abs()
         bias_sum = bias.sum(1, keepdim=True)
         bound = unit * (out.abs() + mass) + loss * mass + tiny / 2 * largest + 4 * tiny

@@ -205,6 +205,9 @@ def test_samples_depend_on_seed_and_prompt(subject: Subject) -> None:
     assert [tokens(single.generate(p, q))[0] for p, q in zip(subject.prompts, params, strict=True)] == together
     same_prompt = tokens(llm.generate([subject.prompts[4]] * 6, [SamplingParams(**SAMPLED, seed=i) for i in range(6)]))
     assert len({tuple(ids) for ids in same_prompt}) > 1, "every seed gives the same tokens"
+    flat = SamplingParams(temperature=1e6, seed=1, max_tokens=8, ignore_eos=True)  # every token is as likely
+    drawn = tokens(llm.generate(subject.prompts[4], flat))[0]
+    assert len(set(drawn)) > 2, "every position draws with the same number"
 
 
 def test_preemption(subject: Subject, capabilities: Capabilities) -> None:
