@@ -304,7 +304,10 @@ def test_a_plugin_adapts_an_architecture(monkeypatch: pytest.MonkeyPatch) -> Non
 
     right = modeling_llama.LlamaMLP.forward
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", mix_neighbours)
-    hooks = SimpleNamespace(engine_models=lambda: {"LlamaForCausalLM": adapter, "OtherForCausalLM": None})
+    hooks = SimpleNamespace(
+        engine_models=lambda: {"LlamaForCausalLM": adapter, "OtherForCausalLM": None},
+        engine_load_formats=adapt.get_hooks().engine_load_formats,
+    )
     monkeypatch.setattr(adapt, "get_hooks", lambda: hooks)
     model = load("llama")
     monkeypatch.undo()

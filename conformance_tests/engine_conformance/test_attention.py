@@ -465,14 +465,17 @@ def select(whole: Arena, order: tuple[int, ...], padding: int) -> Arena:
 def test_doubled_values_double_the_output(
     conformance_platform: Platform, capabilities: Capabilities, mode: Mode
 ) -> None:
-    """A power of two passes through every rounding: ``V * 2`` gives ``O * 2`` to the bit."""
+    """A power of two passes through every rounding but that of subnormals: ``V * 2`` gives ``O * 2`` to the bit."""
     spec, size = layer(capabilities), block(capabilities)
     backend = conformance_platform.attention(spec)
     device = conformance_platform.device().torch_device
     case = Case(spec, size, (Row(40, 1), Row(5, 1), Row(0, 50)), seed=6, mode=mode)
     once, twice = (prepare(backend, case, capabilities, device) for _ in range(2))
     change_values(twice, lambda values: values * 2)
-    same_bits(capabilities, run(backend, once)[0] * 2, run(backend, twice)[0])
+    single, double = run(backend, once)[0], run(backend, twice)[0]
+    normal = single.abs() >= torch.finfo(single.dtype).tiny
+    assert normal.float().mean() > 0.9
+    same_bits(capabilities, single[normal] * 2, double[normal])
 
 
 def change_values(arena: Arena, change: Callable[[Tensor], Tensor]) -> None:

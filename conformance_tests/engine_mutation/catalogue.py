@@ -113,11 +113,6 @@ class Mutant:
         """Whether the suite must fail it."""
         return bool(self.tier)
 
-    @property
-    def draws(self) -> bool:
-        """Whether another seed draws other inputs in the modules that it must pass."""
-        return any(module not in ("test_communicator.py", "test_device.py") for module in self.modules)
-
 
 _entries: dict[str, Mutant] = {}
 

@@ -200,11 +200,9 @@ class TorchCommunicator(Communicator):
                 token.item()  # waits for the device
 
     def close(self) -> None:
-        """See `Communicator.close`.
-
-        The process group itself ends with torch's last one: torch names groups by their ranks and by how many there
-        are, so that after the end of one, a new group might get the name of another that is in use.
-        """
+        """See `Communicator.close`."""
+        if self._open and self._pg is not None:
+            dist.destroy_process_group(self._pg)
         self._open, self._pg = False, None
 
 
