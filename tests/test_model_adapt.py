@@ -25,6 +25,7 @@ from engine.model import adapt, attention
 from engine.model.adapt import AdaptedModel, load_model
 from engine.model.attention import StepContext
 from engine.model.probe import Visibility, recognise
+from engine.plugins import get_hooks
 from engine_conformance.tiny_models import tiny_model
 from engine_cpu import CpuPlatform
 
@@ -306,7 +307,7 @@ def test_a_plugin_adapts_an_architecture(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", mix_neighbours)
     hooks = SimpleNamespace(
         engine_models=lambda: {"LlamaForCausalLM": adapter, "OtherForCausalLM": None},
-        engine_load_formats=adapt.get_hooks().engine_load_formats,
+        engine_load_formats=get_hooks().engine_load_formats,
     )
     monkeypatch.setattr(adapt, "get_hooks", lambda: hooks)
     model = load("llama")

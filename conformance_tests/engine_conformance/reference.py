@@ -110,7 +110,8 @@ def attend(
         bias_sum = bias.sum(1, keepdim=True)
         bound = unit * (out.abs() + mass) + loss * mass + tiny / 2 * largest + 4 * tiny
         bound += bias @ v_h.abs() + bias_sum * out.abs()
-        bound = 2 * bound if numerics == "A" else bound + 2 * unit * delta * mass
+        rounded = bound + 2 * unit * delta * mass
+        bound = 2 * bound if numerics == "A" else torch.maximum(2 * bound, rounded)
         lse_bound = loss * (1 + lse.abs()) + (0 if numerics == "A" else 2 * unit * delta) + bias_sum
         columns.append((out, bound, lse.squeeze(1), lse_bound.squeeze(1)))
     out, bound, lse, lse_bound = (torch.stack(parts, 1) for parts in zip(*columns, strict=True))

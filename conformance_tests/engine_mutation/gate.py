@@ -409,7 +409,7 @@ def chosen(names: Sequence[str]) -> list[Mutant]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gate; 0 where every fault is killed by its case and every right variant passes, else 1."""
     parser = argparse.ArgumentParser(prog="scripts/mutation", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="how often each right variant runs")
+    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="how often each right variant runs (10)")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="one mutant; may be repeated")
     parser.add_argument("--tier", action="append", default=[], metavar="L2", help="faults of one tier; may be repeated")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="forks at a time")
@@ -432,7 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{time.monotonic() - began:6.1f} {line}", flush=True)
 
         outcomes = judge_faults([m for m in mutants if m.faulty], pool, show)
-        outcomes += judge_variants([m for m in mutants if not m.faulty], options.seeds, pool, show)
+        if options.seeds:
+            outcomes += judge_variants([m for m in mutants if not m.faulty], options.seeds, pool, show)
     print(table(outcomes))
     for outcome in outcomes:
         if outcome.why and (options.why or outcome.problem):
