@@ -69,8 +69,8 @@ def attend(
     ``B = u(|o| + A) + (2^-18 + 2^-24 sqrt(n) + 2^-23 (1 + sqrt(D)/4) delta) A + eta/2 n max|v| + 4 eta``: rounding the
     output and the probabilities, fp32 arithmetic, its sums of n terms and its part in the scores (sums of D terms;
     roundings add like random ones, and show in fp32 only), and underflow of probabilities. Class A may err by 2B; class
-    B, which rounds the scores to the dtype, by ``B + 2u delta A``. With ALiBi, whose terms may be large, fp32 also
-    rounds these: ``2^-23 sum p |slope * distance| (|v| + |o|)`` more.
+    B, which rounds the scores to the dtype, by ``max(2B, B + 2u delta A)``. With ALiBi, whose terms may be large, fp32
+    also rounds these: ``2^-23 sum p |slope * distance| (|v| + |o|)`` more.
 
     Args:
         spec: what to compute.

@@ -11,7 +11,6 @@ from engine_npu import NpuPlatform  # type: ignore[import-not-found]
 from engine_mutation.catalogue import Late
 from engine_sdk import AttentionSpec, Device
 
-
 _DELAY = 200
 """Microseconds that a launch takes longer, so that what should have waited for it shows on a busy host too."""
 
