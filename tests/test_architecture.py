@@ -29,6 +29,10 @@ DEVICES = {"cuda", "rocm", "hip", "gpu", "npu", "mlu", "musa", "xpu", "hpu", "tp
 NO_DEVICE = {"gpu_memory_utilization", "num_gpu_blocks"}  # an option and a metric that users know by these names
 BUILDS_ON = {
     "engine.extensions.server": "engine.extensions.serving",
+    "engine.extensions.serving": "engine.extensions.tokenizers",
+    "engine.extensions.server.pooling": "engine.extensions.pooling",
+    "engine.extensions.server.routes.embeddings": "engine.extensions.pooling",
+    "engine.extensions.server.routes.scores": "engine.extensions.pooling",
     "engine.extensions.cli.serve": "engine.extensions.server",
     "engine.extensions.cli.run_batch": "engine.extensions.server",
 }

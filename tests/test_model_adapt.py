@@ -27,7 +27,7 @@ from engine.model.attention import StepContext
 from engine.model.probe import Visibility, recognise
 from engine.plugins import get_hooks
 from engine_conformance.tiny_models import tiny_model
-from engine_cpu import CpuPlatform
+from engine_mutation.host import HostPlatform
 
 FOLDERS = tempfile.TemporaryDirectory(prefix="tiny-models-")
 atexit.register(FOLDERS.cleanup)
@@ -56,7 +56,7 @@ class PackingMethod(LinearMethod):
         return product if bias is None else product + bias
 
 
-class PackingPlatform(CpuPlatform):
+class PackingPlatform(HostPlatform):
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
         return PackingMethod()
 
@@ -73,8 +73,8 @@ def folder(name: str) -> Path:
     return path
 
 
-def load(name: str, platform: CpuPlatform | None = None, **options: Any) -> AdaptedModel:
-    return load_model(EngineArgs(model=str(folder(name)), **options), platform or CpuPlatform())
+def load(name: str, platform: HostPlatform | None = None, **options: Any) -> AdaptedModel:
+    return load_model(EngineArgs(model=str(folder(name)), **options), platform or HostPlatform())
 
 
 def sequences(model: AdaptedModel) -> list[list[int]]:
@@ -243,7 +243,7 @@ def test_kv_cache_dtype() -> None:
         (masking_utils.bidirectional_mask_function, None, Visibility(causal=False)),
         (masking_utils.sliding_window_causal_mask_function(300), 300, Visibility(window=300)),
         (masking_utils.chunked_causal_mask_function(300, torch.zeros(1)), 300, Visibility(chunk=300)),
-        (masking_utils.sliding_window_bidirectional_mask_function(300), 300, None),
+        (masking_utils.sliding_window_bidirectional_mask_function(300), 300, Visibility(window=301, causal=False)),
         (masking_utils.sliding_window_causal_mask_function(299), 300, None),
         (
             masking_utils.or_masks(
@@ -308,6 +308,7 @@ def test_a_plugin_adapts_an_architecture(monkeypatch: pytest.MonkeyPatch) -> Non
     hooks = SimpleNamespace(
         engine_models=lambda: {"LlamaForCausalLM": adapter, "OtherForCausalLM": None},
         engine_load_formats=get_hooks().engine_load_formats,
+        engine_swaps=get_hooks().engine_swaps,
     )
     monkeypatch.setattr(adapt, "get_hooks", lambda: hooks)
     model = load("llama")

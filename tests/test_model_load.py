@@ -27,11 +27,11 @@ from engine.extensions.checkpoints.files import Entry, read_index
 from engine.model.adapt import AdaptedModel, build, load_model
 from engine.model.config import eos_token_ids, generation_defaults, max_model_len, read_config
 from engine_conformance.tiny_models import tiny_config, tiny_model
-from engine_cpu import CpuPlatform
+from engine_mutation.host import HostPlatform
 
 
 def load(folder: Path, **options: Any) -> AdaptedModel:
-    return load_model(EngineArgs(model=str(folder), **options), CpuPlatform())
+    return load_model(EngineArgs(model=str(folder), **options), HostPlatform())
 
 
 def save(name: str, folder: Path, **options: Any) -> Path:
@@ -340,17 +340,17 @@ import re, sys
 from pathlib import Path
 import torch
 from engine.config import EngineArgs
-from engine_cpu import CpuPlatform
+from engine_mutation.host import HostPlatform
 from engine.model.adapt import load_model
 
 def kib(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 warm, folder = map(Path, sys.argv[1:3])
-load_model(EngineArgs(model=str(warm), dtype=sys.argv[3]), CpuPlatform())
+load_model(EngineArgs(model=str(warm), dtype=sys.argv[3]), HostPlatform())
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before = kib("VmRSS")
-model = load_model(EngineArgs(model=str(folder), dtype=sys.argv[3]), CpuPlatform())
+model = load_model(EngineArgs(model=str(folder), dtype=sys.argv[3]), HostPlatform())
 weights = sum(p.nbytes for p in model.model.parameters())
 print((kib("VmHWM") - before) * 1024 / weights)
 """

@@ -234,25 +234,6 @@ def test_abort_with_a_step_in_flight() -> None:
     assert not scheduler.has_work()
 
 
-@pytest.mark.parametrize(
-    ("options", "ahead"),
-    [
-        ({"logits_processors": [lambda _ids, logits: logits]}, False),
-        ({"bad": [[1], [2, 3]]}, False),
-        ({"bad": [[1]]}, True),
-    ],
-)
-def test_ids_that_only_the_host_knows_are_waited_for(options: dict[str, Any], ahead: bool) -> None:
-    scheduler = make(tokens=3)
-    scheduler.add(request("a", 5, max_tokens=3, **options))
-    first, second = step_of(scheduler), step_of(scheduler)  # a prompt is known
-    third = scheduler.schedule()
-    assert (third is not None) == ahead
-    scheduler.update(first, result(first))
-    scheduler.update(second, result(second))
-    assert third is not None or spans(step_of(scheduler)) == [(0, 5, 1, True)]
-
-
 def test_updates_come_in_order() -> None:
     scheduler = make()
     scheduler.add(request("a", max_tokens=9))

@@ -269,7 +269,7 @@ class History(RuleBasedStateMachine):
         self.budget = budget
         self.depth = depth
         self.caching = caching
-        self.in_flight: deque[tuple[Step, StepResult, list[str]]] = deque()
+        self.in_flight: deque[tuple[Step, StepResult]] = deque()
         self.live: dict[str, Received] = {}
         self.done: list[Received] = []
         self.num_added = 0
@@ -321,20 +321,13 @@ class History(RuleBasedStateMachine):
         assert step.num_tokens <= self.budget
         result = self.runner.run(step)
         assert all(self.kv.allocator._refs[block] for block in self.runner.read_pages), "given up, yet still read"
-        sampling = []
-        for work in step.work:
-            request = self.runner.rows[work.row].request
-            if request.params.logits_processors or any(len(ids) > 1 for ids in request.bad_token_ids):
-                assert not any(request.request_id in ids for _, _, ids in self.in_flight), "unknown ids are needed"
-            if work.sample:
-                sampling.append(request.request_id)
-        self.in_flight.append((step, result, sampling))
+        self.in_flight.append((step, result))
         return True
 
     @precondition(lambda self: self.in_flight)
     @rule()
     def update(self) -> None:
-        step, result, _ = self.in_flight.popleft()
+        step, result = self.in_flight.popleft()
         for output in self.scheduler.update(step, result):
             self.receive(output)
 

@@ -243,7 +243,10 @@ def test_decodes_and_the_rest_apart() -> None:
     check(Host(), Apart(layer()), Case(layer(), 16, rows, empty_rows=1))
 
 
-@pytest.mark.parametrize("feature", ["causal", "sliding_window", "chunked", "sinks", "bidirectional", "lse"])
+@pytest.mark.parametrize(
+    "feature",
+    ["causal", "sliding_window", "chunked", "sinks", "bidirectional", "two_sided_window", "relative_bias", "lse"],
+)
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch, feature: str) -> None:
     """Long sequences and large batches, in small: every tile has one request and every slice few queries."""
     monkeypatch.setattr("engine_sdk.attention._HOST_TILE_BYTES", 1)
@@ -433,6 +436,17 @@ def test_cpu_comes_after_accelerators_and_leaves_memory_to_others() -> None:
     defaults = CpuPlatform().configure(dict.fromkeys(f.name for f in dataclasses.fields(EngineArgs))).defaults
     EngineArgs.of(**defaults)
     assert defaults["kv_cache_memory_bytes"] <= min(4 << 30, host_memory().total // 4)
+
+
+def test_a_hosts_cache_costs_nothing_until_it_is_used_but_counts() -> None:
+    memory = CpuPlatform().memory()
+    before, size = memory.kv_budget(0.5), 1 << 30
+    with memory.peak() as grown:
+        cache = memory.allocate(size)
+    assert grown[0] < size // 8
+    assert memory.kv_budget(0.5) < before - 0.4 * size
+    del cache
+    assert memory.kv_budget(0.5) > before - 0.4 * size
 
 
 @pytest.mark.parametrize(

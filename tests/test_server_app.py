@@ -364,7 +364,11 @@ def test_what_was_called_goes_back_into_the_prompt(shared: Running) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0"),
         ({"messages": []}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "guided_regex"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+        ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
         ({"chat_template": "x"}, "chat_template"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
@@ -703,7 +707,7 @@ def test_a_response_that_is_cut_or_fails(server: Running) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "input.0.name"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background"),
         ({"n": 2}, "n"),
@@ -730,17 +734,19 @@ def test_log_lines_are_json(tmp_path: Path) -> None:
 
 def test_sigterm_drains() -> None:
     """What runs finishes, new requests get 503, and the process ends well; a second signal would not wait."""
-    with processed("--drain-timeout", "20", pause="0.03") as process, ThreadPoolExecutor(1) as pool:
+    with processed("--drain-timeout", "60", pause="0.05") as process, ThreadPoolExecutor(1) as pool:
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="x", max_retries=0)
         with client:
-            running = pool.submit(client.completions.create, model="scripted", prompt="think", max_tokens=100)
+            running = pool.submit(client.completions.create, model="scripted", prompt="slow", max_tokens=60)
             until(
                 lambda: "vllm:num_requests_running{" in (t := httpx.get(process.url + "/metrics").text) and "} 1.0" in t
             )
             process.signal(signal.SIGTERM)
             until(lambda: httpx.get(process.url + "/ready").status_code == 503)
             assert httpx.post(process.url + "/v1/completions", json={"prompt": "x"}).status_code == 503
-            assert running.result().choices[0].finish_reason == "stop"
+            answer = running.result()
+            assert answer.usage is not None
+            assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 60)
         assert process.wait() == 0
 
 
@@ -751,9 +757,11 @@ def test_a_second_signal_ends_at_once() -> None:
             "POST", process.url + "/v1/completions", json={"prompt": "slow", "max_tokens": 500, "stream": True}
         ) as r,
     ):
-        next(r.iter_lines())
+        lines = r.iter_lines()  # kept: a generator that is dropped closes its connection, which ends the request
+        next(lines)
         process.signal(signal.SIGINT)
         until(lambda: httpx.get(process.url + "/ready").status_code == 503)
+        assert json.loads(next(line for line in lines if line)[6:])["choices"], "it still runs"
         process.signal(signal.SIGINT)
         assert process.wait() == 0
 
@@ -883,9 +891,9 @@ class Process:
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-        until(lambda: any(self._url(line) for line in self.lines))
+        until(lambda: any(self._url(line) for line in self.lines), 60)
         self.url = next(url for line in self.lines if (url := self._url(line)))
-        until(lambda: httpx.get(self.url + "/health").status_code == 200)
+        until(lambda: httpx.get(self.url + "/health").status_code == 200, 60)
 
     @staticmethod
     def _url(line: str) -> str | None:
@@ -901,7 +909,7 @@ class Process:
         self._popen.send_signal(number)
 
     def wait(self) -> int:
-        code = self._popen.wait(15)
+        code = self._popen.wait(60)
         self._thread.join(5)
         return code
 

@@ -154,7 +154,6 @@ def turn(text: str, **form: Any) -> tuple[Found, Turn]:
         "tools": Hermes,
         "reasoning": Think,
         "parallel": True,
-        "only": False,
     }
     made = Turn(Format(**fields | form))
     events: list[Event] = []
@@ -179,7 +178,7 @@ def test_one_call_where_several_are_not_wanted() -> None:
 
 
 def test_a_named_call_ends_the_answer() -> None:
-    found, made = turn(TEXT + "}\n</tool_call> and more", opening=Hermes.opening("f"), only=True, reasoning=None)
+    found, made = turn(TEXT + "}\n</tool_call> and more", opening=Hermes.opening("f"), only="f", reasoning=None)
     assert (found.text, found.calls) == ("", (F,))
     assert made.over
 

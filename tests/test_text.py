@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import engine
 from engine.errors import CheckpointError, RequestError
+from engine.extensions.tokenizers.hugging_face import HuggingFaceTokenizer
 from engine.request import CompletionOutput, CoreOutput, Logprob, SamplingParams, TokenLogprobs
 from engine.text import IncrementalDetokenizer, SequenceOutput, StopChecker, Tokenizer, load_tokenizer
 
@@ -92,7 +93,7 @@ FAMILIES: dict[str, Callable[[], Backend]] = {
     "unigram": unigram,
     "word_piece": word_piece,
 }
-TOKENIZERS = {name: Tokenizer(hugging(make())) for name, make in FAMILIES.items()}
+TOKENIZERS: dict[str, Tokenizer] = {name: HuggingFaceTokenizer(hugging(make())) for name, make in FAMILIES.items()}
 TOKENIZERS["demo"] = load_tokenizer(str(DEMO))
 ALL = pytest.mark.parametrize("name", TOKENIZERS)
 
@@ -312,7 +313,7 @@ def test_without_a_tokenizer_or_text_there_are_only_ids() -> None:
 def test_prompts_get_the_tokens_that_the_tokenizer_adds() -> None:
     backend = byte_level()
     backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
-    tokenizer = Tokenizer(hugging(backend))
+    tokenizer = HuggingFaceTokenizer(hugging(backend))
     assert tokenizer.encode("fox") == [0, *tokenizer.encode("fox", add_special_tokens=False)]
 
 
@@ -342,7 +343,7 @@ TEMPLATE = """
 
 
 def test_chat_templates() -> None:
-    tokenizer = Tokenizer(hugging(byte_level(), chat_template=TEMPLATE))
+    tokenizer = HuggingFaceTokenizer(hugging(byte_level(), chat_template=TEMPLATE))
     user = {"role": "user", "content": "Hi"}
     assert tokenizer.render_chat([user]) == "<user>Hi</><assistant>"
     assert tokenizer.render_chat([user], add_generation_prompt=False) == "<user>Hi</>"
@@ -353,7 +354,7 @@ def test_chat_templates() -> None:
 
 
 def test_chats_that_cannot_be_rendered_say_why() -> None:
-    tokenizer = Tokenizer(hugging(byte_level(), chat_template=TEMPLATE))
+    tokenizer = HuggingFaceTokenizer(hugging(byte_level(), chat_template=TEMPLATE))
     user = {"role": "user", "content": "Hi"}
     bad: list[tuple[Any, dict[str, Any], str]] = [
         ([], {}, "empty"),
@@ -367,7 +368,7 @@ def test_chats_that_cannot_be_rendered_say_why() -> None:
         with pytest.raises(RequestError, match=match):
             tokenizer.render_chat(messages, **options)
     with pytest.raises(RequestError, match="pass one as chat_template"):
-        Tokenizer(hugging(byte_level())).render_chat([user])
+        HuggingFaceTokenizer(hugging(byte_level())).render_chat([user])
 
 
 def test_the_demo_model_chats() -> None:

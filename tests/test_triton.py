@@ -36,7 +36,7 @@ def test_interpreted(tests: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "wanted"),
     [
-        ("test_attention.py", "test_agrees_with_reference or test_kv_dtypes or bias or share or every_bit"),
+        ("test_attention.py", "test_agrees_with_reference or kv_dtypes or bias or share or every_bit or fp8"),
         ("test_kv_cache.py", ""),
         ("test_graphs.py", "causal or sliding_window or buckets"),
         ("test_ops.py", ""),

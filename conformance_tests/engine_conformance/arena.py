@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine_conformance.cases import Case, Row
-from engine_conformance.reference import Expected, attend, excess, visible
+from engine_conformance.reference import Expected, attend, cached, excess, visible
 from engine_sdk import (
     AttentionBackend,
     AttentionBatch,
@@ -140,7 +140,7 @@ class _Values:
         spec = self.spec
         shapes = ((num_blocks, size, spec.num_kv_heads, dim) for dim in (spec.head_dim, spec.v_head_dim))
         k, v = (torch.full(s, torch.nan) if nan else self.randn(*s) * _STALE for s in shapes)
-        return k.to(spec.kv_dtype), v.to(spec.kv_dtype)
+        return cached(k, spec.kv_dtype), cached(v, spec.kv_dtype)
 
 
 def prepare(backend: AttentionBackend, case: Case, declared: Capabilities, device: torch.device) -> Arena:
@@ -154,6 +154,8 @@ def prepare(backend: AttentionBackend, case: Case, declared: Capabilities, devic
     requests = _requests(case, counts, free, draw, rng)
     sinks = draw.randn(spec.num_heads) * 2 if spec.sinks else None
     slopes = draw.randn(spec.num_heads).abs() if spec.alibi else None
+    if spec.relative is not None:
+        slopes = draw.randn(spec.num_heads, 2 * spec.relative + 1) * 2
     if case.neutral:
         sinks = None if sinks is None else torch.full_like(sinks, -torch.inf)
         slopes = None if slopes is None else torch.zeros_like(slopes)
@@ -194,8 +196,8 @@ def prepare(backend: AttentionBackend, case: Case, declared: Capabilities, devic
             attend(
                 spec,
                 request.q,
-                request.keys.to(spec.kv_dtype),
-                request.values.to(spec.kv_dtype),
+                cached(request.keys, spec.kv_dtype),
+                cached(request.values, spec.kv_dtype),
                 sinks=sinks,
                 alibi_slopes=slopes,
                 numerics=declared.numerics,
@@ -250,7 +252,7 @@ def _image(request: Request, known: int, poison: tuple[Tensor, Tensor]) -> tuple
     images = []
     for background, data in zip(poison, (request.keys, request.values), strict=True):
         image = background.clone()
-        image.view(-1, *data.shape[1:])[:known] = data[:known].to(image.dtype)
+        image.view(-1, *data.shape[1:])[:known] = cached(data[:known], image.dtype)
         images.append(image[request.num_shared :])
     return torch.tensor(request.blocks[request.num_shared :], dtype=torch.int64), images[0], images[1]
 
@@ -382,9 +384,7 @@ def _accept_codes(arena: Arena, numerics: str) -> None:
             mine, right = got.contiguous().clone(), want.contiguous().clone()
             flat, nearest = mine.flatten(0, 1), right.flatten(0, 1)
             new = slice(request.row.computed, request.row.length)
-            codes, best = flat[new].view(torch.uint8).short(), nearest[new].view(torch.uint8).short()
-            # Sign and magnitude: neighbours differ by one, and the two zeros are one number.
-            near = ((codes - best).abs() <= 1) | ((codes & 127) + (best & 127) <= 1)
+            near = are_near(flat[new], nearest[new])
             assert near.all(), f"request {index}: {int((~near).sum())} codes of its {kind} are not a nearest one"
             nearest[new] = flat[new]
             images.append(nearest.view_as(right))
@@ -403,6 +403,14 @@ def _accept_codes(arena: Arena, numerics: str) -> None:
             alibi_slopes=extra["slopes"],
             numerics="B" if numerics == "B" else "A",
         )
+
+
+def are_near(codes: Tensor, best: Tensor) -> Tensor:
+    """Where 8-bit floats are the nearest ones or neighbours of them; a finite number has no neighbour that is none."""
+    a, b = (x.view(torch.uint8).short() for x in (codes, best))
+    # Sign and magnitude: neighbours differ by one, and the two zeros are one number.
+    near = ((a - b).abs() <= 1) | ((a & 127) + (b & 127) <= 1)
+    return near & (codes.float().isfinite() | ~best.float().isfinite())
 
 
 def _check_pool(arena: Arena) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -15,6 +16,19 @@ from engine_sdk import ATTENTION_FEATURES, AttentionSpec, Capabilities, Domain
 
 Mode = Literal["randn", "sharp", "large", "sunk", "flat", "needle"]
 Memory = Literal["dense", "fused", "transposed"]
+
+FLOATS8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""What 8 bits of a cache may be: OCP's formats, and those without infinity and negative zero."""
+
+_NAMES8 = [str(dtype).removeprefix("torch.") for dtype in FLOATS8]
+of_8_bits = pytest.mark.parametrize(
+    "kv_dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.conformance(capability=f"kv_dtypes.{name}"), id=name)
+        for dtype, name in zip(FLOATS8, _NAMES8, strict=True)
+    ],
+)
+"""Marks a case of each of them: passed where it is declared, refused where it is not."""
 
 COMBINED = "combined"
 """The name of a layer that has several of the declared features at once."""
@@ -221,12 +235,16 @@ def _with(spec: AttentionSpec, feature: str, draw: st.DrawFn, block_size: int, d
             return replace(spec, softcap=draw(st.sampled_from((0.5, 5.0, 30.0))))
         case "sinks":
             return replace(spec, sinks=True)
-        case "alibi":
+        case "alibi" if spec.relative is None:
             return replace(spec, alibi=True)
         case "v_head_dim":
             return replace(spec, v_head_dim=draw(st.sampled_from(members(declared.v_head_dims, (8, 48, 72)))))
         case "bidirectional" if not local:
             return replace(spec, causal=False)
+        case "relative_bias" if not local and not spec.alibi:
+            return replace(spec, causal=False, relative=draw(st.sampled_from(near)))
+        case "two_sided_window" if not local:
+            return replace(spec, causal=False, window=draw(st.sampled_from(near)))
     return spec
 
 

@@ -343,6 +343,36 @@ def part_of_the_ranks(world: World) -> None:
             group.close()
 
 
+def held_groups(world: World) -> None:
+    """Groups of two ranks that overlap and stay open: each rank is in as many as it is, and all can be used."""
+    held: dict[tuple[int, ...], Communicator] = {}
+    for ranks in [(first, first + 1) for first in range(world.size - 1)]:
+        if world.rank in ranks:
+            held[ranks] = world.group("tp", ranks)
+    held[tuple(range(world.size))] = world.group("dp")
+    for members, group in held.items():
+        got = group.all_reduce(world.integers(world.rank, 21))
+        assert torch.equal(got, total([world.integers(rank, 21) for rank in members])), members
+    for group in held.values():
+        group.close()
+
+
+def made_again(world: World) -> None:
+    """A group like one that was closed is a new one, whatever other groups some of its ranks made in between."""
+    for attempt in range(3):
+        group = world.group("cp")
+        others = [world.group("ep", (world.rank,)) for _ in range(world.rank)]
+        if world.rank < 2 <= world.size:
+            pair = world.group("pp", (0, 1))
+            others.append(pair)
+            assert torch.equal(pair.all_reduce(world.integers(world.rank, 5)), total(world.everyone(5)[:2])), attempt
+        assert torch.equal(group.all_reduce(world.integers(world.rank, 13)), total(world.everyone(13))), attempt
+        group.close()
+        if attempt:
+            for other in others:
+                other.close()
+
+
 def captured(world: World) -> None:
     """Where the communicator is capturable: replays on all ranks, of what the tensors hold by then."""
     group, graphs = world.group(), world.platform.graphs()
@@ -476,6 +506,8 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
         (overlapping_groups, _REQUIRED),
         (group_order, (*_REQUIRED, "reduce_scatter", "broadcast", "all_to_all")),
         (part_of_the_ranks, (*_REQUIRED, "barrier")),
+        (held_groups, _REQUIRED),
+        (made_again, _REQUIRED),
         (captured, _REQUIRED),
         (delayed_rank, (*_REQUIRED, "barrier")),
         (mismatch, (*_REQUIRED, "broadcast")),

@@ -40,13 +40,19 @@ class Expected:
     lse_bound: Tensor
 
 
+def cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of `dtype` holds them: the nearest number, or the largest; NaN stays NaN."""
+    largest = torch.finfo(dtype).max
+    return (x if dtype.itemsize > 1 or x.dtype == dtype else x.clamp(-largest, largest)).to(dtype)
+
+
 def visible(spec: AttentionSpec, num_queries: int, num_keys: int) -> Tensor:
     """Which keys each query sees, bool [T, L]; the queries are the last T positions."""
     i = torch.arange(num_keys - num_queries, num_keys)[:, None]
     j = torch.arange(num_keys)[None, :]
     seen = (j <= i) if spec.causal else (j < num_keys) & (i >= 0)
     if spec.window is not None:
-        seen &= j > i - spec.window
+        seen &= (j > i - spec.window) & (j < i + spec.window)
     if spec.chunk is not None:
         seen &= j // spec.chunk == i // spec.chunk
     return seen
@@ -78,7 +84,7 @@ def attend(
         keys: [L, K, D], as the cache stores them.
         values: [L, K, E].
         sinks: [H].
-        alibi_slopes: [H].
+        alibi_slopes: [H], or the table [H, 2r + 1] of a bias by distance.
         numerics: the class that the platform declares.
     """
     num_queries, num_keys = q.shape[0], keys.shape[0]
@@ -94,8 +100,11 @@ def attend(
         scores = spec.scale * (q_h @ k_h.T)
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        slope = 0.0 if alibi_slopes is None else alibi_slopes[head].double()
-        scores = scores + slope * distance
+        added: Tensor | float = 0.0
+        if alibi_slopes is not None:
+            r, row = spec.relative, alibi_slopes[head].double()
+            added = row * distance if r is None else row[distance.clamp(-r, r).long() + r]
+        scores = scores + added
         scores = scores.masked_fill(~seen, -torch.inf)
         terms = scores if sinks is None else torch.cat((scores, sinks[head].double().expand(num_queries, 1)), 1)
         lse = terms.logsumexp(1, keepdim=True)
@@ -106,7 +115,7 @@ def attend(
         largest = v_h.abs().amax() * num_seen
         delta = (abs(spec.scale) * (q_h.abs() @ k_h.abs().T)).masked_fill(~seen, 0).amax(1, keepdim=True)
         loss = FP32 + 2.0**-24 * num_seen.double().sqrt() + 2.0**-23 * (1 + spec.head_dim**0.5 / 4) * delta
-        bias = 2.0**-23 * p[:, :num_keys] * (slope * distance).abs()
+        bias = 2.0**-23 * p[:, :num_keys] * torch.as_tensor(added, dtype=torch.float64).abs()
         bias_sum = bias.sum(1, keepdim=True)
         bound = unit * (out.abs() + mass) + loss * mass + tiny / 2 * largest + 4 * tiny
         bound += bias @ v_h.abs() + bias_sum * out.abs()

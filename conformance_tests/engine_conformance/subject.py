@@ -148,10 +148,10 @@ def _others(distribution: str) -> set[str]:
     origin = json.loads(found.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):
         root = Path(unquote(urlparse(origin["url"]).path))
-        names |= {
-            name.partition(".")[0]
+        names |= {  # top-level modules alone: a device's module may stand in torch's namespace
+            name
             for name, module in list(sys.modules.items())
-            if (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(root)
+            if "." not in name and (file := getattr(module, "__file__", None)) and Path(file).is_relative_to(root)
         }
     return {name for name in names if name.isidentifier() and name not in OURS}
 

@@ -11,12 +11,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine_conformance.arena import Arena, bind, check, prepare, request_outputs, run
-from engine_conformance.cases import COMBINED, Case, Mode, Row, Scale, block, bounds, cases, dtypes, layer, members
-from engine_conformance.reference import UNIT
+from engine_conformance.arena import Arena, are_near, bind, check, prepare, request_outputs, run
+from engine_conformance.cases import (
+    COMBINED,
+    FLOATS8,
+    Case,
+    Mode,
+    Row,
+    Scale,
+    block,
+    bounds,
+    cases,
+    dtypes,
+    layer,
+    members,
+    of_8_bits,
+)
+from engine_conformance.reference import UNIT, cached
 from engine_sdk import AttentionSpec, Capabilities, Domain, Platform, UnsupportedCapability
 
-FEATURES = ("sliding_window", "chunked", "softcap", "sinks", "alibi", "v_head_dim", "bidirectional", "lse")
+FEATURES = (
+    "sliding_window",
+    "chunked",
+    "softcap",
+    "sinks",
+    "alibi",
+    "v_head_dim",
+    "bidirectional",
+    "two_sided_window",
+    "relative_bias",
+    "lse",
+)
 
 Record = Callable[[str, object], None]
 
@@ -57,6 +82,8 @@ def with_feature(spec: AttentionSpec, feature: str) -> AttentionSpec:
         "alibi": replace(spec, alibi=True),
         "v_head_dim": replace(spec, v_head_dim=spec.head_dim // 2),
         "bidirectional": replace(spec, causal=False),
+        "two_sided_window": replace(spec, causal=False, window=8),
+        "relative_bias": replace(spec, causal=False, relative=8),
     }
     return asked.get(feature, spec)
 
@@ -70,7 +97,8 @@ def refuses(platform: Platform, declared: Capabilities, feature: str) -> None:
         if feature != "lse":
             with pytest.raises(UnsupportedCapability) as error:
                 platform.attention(with_feature(spec, feature))
-            assert error.value.name in {feature, "attention"}, f"the refusal of {feature} names {error.value.name}"
+            lacking = with_feature(spec, feature).features() - declared.attention  # a window may lack two things
+            assert error.value.name in {"attention", *lacking}, f"the refusal of {feature} names {error.value.name}"
             continue
         backend = platform.attention(spec)
         arena = prepare(backend, replace(plain, rows=rows, lse=True), declared, device.torch_device)
@@ -91,9 +119,8 @@ def test_refuses_what_is_not_declared(conformance_platform: Platform, capabiliti
         torch.float32,
         torch.bfloat16,
         torch.float16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
         torch.int8,
+        *FLOATS8,
     }
     for field, declared in (("dtype", capabilities.dtypes), ("kv_dtype", capabilities.kv_dtypes)):
         for dtype in sorted(every - declared, key=str):
@@ -183,6 +210,86 @@ def test_kv_dtypes(conformance_platform: Platform, capabilities: Capabilities) -
             for mode in ("randn", "needle"):
                 check(conformance_platform, backend, Case(spec, block(capabilities), rows, mode=mode))
                 check(conformance_platform, backend, Case(spec, block(capabilities), rows, mode=mode, reads=True))
+
+
+@of_8_bits
+def test_fp8_cache(
+    conformance_platform: Platform,
+    capabilities: Capabilities,
+    kv_dtype: torch.dtype,
+    scale: Scale,
+    record_property: Record,
+) -> None:
+    """All keys and values, those of the step too, are rounded to 8 bits, and nothing else is, in any batch."""
+    if refuses_cache(conformance_platform, capabilities, kv_dtype, record_property):
+        return
+    worst = 0.0
+
+    @scale.certify(60)
+    @given(cases(capabilities, COMBINED, scale))
+    def drawn(case: Case) -> None:
+        nonlocal worst
+        case = replace(case, spec=replace(case.spec, kv_dtype=kv_dtype))
+        worst = max(worst, check(conformance_platform, conformance_platform.attention(case.spec), case))
+
+    drawn()
+    record_property(f"error over bound: attention, {str(kv_dtype).removeprefix('torch.')} cache", worst)
+
+
+def refuses_cache(platform: Platform, declared: Capabilities, kv_dtype: torch.dtype, record_property: Record) -> bool:
+    """Whether a cache of `kv_dtype` is not declared; then it is refused, and a plain case still runs."""
+    if kv_dtype in declared.kv_dtypes:
+        return False
+    spec = layer(declared)
+    with pytest.raises(UnsupportedCapability) as error:
+        platform.attention(replace(spec, kv_dtype=kv_dtype))
+    assert error.value.name == "kv_dtypes", f"the refusal of {kv_dtype} names {error.value.name}"
+    check(platform, platform.attention(spec), Case(spec, block(declared), (Row(3, 1),)))
+    record_property("rejected", f"kv_dtypes.{str(kv_dtype).removeprefix('torch.')}")
+    return True
+
+
+@of_8_bits
+def test_fp8_writes(
+    conformance_platform: Platform, capabilities: Capabilities, kv_dtype: torch.dtype, record_property: Record
+) -> None:
+    """Numbers too large for 8 bits become the largest, of their sign; others the nearest, now and then a neighbour."""
+    if refuses_cache(conformance_platform, capabilities, kv_dtype, record_property):
+        return
+    size, device = block(capabilities), conformance_platform.device()
+    largest = torch.finfo(kv_dtype).max
+    for dtype in dtypes(capabilities):
+        spec = replace(layer(capabilities, dtype=dtype), kv_dtype=kv_dtype)
+        backend = conformance_platform.attention(spec)
+        case = Case(spec, size, (Row(size - 1, 1), Row(3, 2 * size)))
+        arena = prepare(backend, case, capabilities, device.torch_device)
+        generator, most = torch.Generator().manual_seed(0), torch.finfo(dtype).max
+
+        def wide(x: Tensor, generator: torch.Generator = generator, most: float = most) -> Tensor:
+            """Of all sizes, from below the smallest number of 8 bits, and the edges of saturation."""
+            drawn = (
+                torch.randn(x.shape, generator=generator)
+                * torch.rand(x.shape, generator=generator).mul(34).sub(18).exp2()
+            )
+            edges = largest * torch.tensor([1.0, 1.03, 1.05, 1.0625, 1.07, 1.125, 1.25, 1e30])
+            edges = torch.cat([edges, -edges]).clamp(-most, most)
+            drawn[:, :, : len(edges)] = edges[torch.arange(x.shape[2])[: len(edges)]]
+            return drawn.clamp(-most, most).to(x)
+
+        q, k, v = arena.tokens
+        arena.tokens = torch.zeros_like(q), wide(k), wide(v)
+        run(backend, arena)
+        device.synchronize()
+        at = arena.batch.slots
+        for got, x in zip(
+            arena.layout.export_blocks(arena.cache, at // size), (a.cpu() for a in arena.tokens[1:]), strict=True
+        ):
+            codes, best = got.cpu()[torch.arange(len(at)), (at % size).cpu()], cached(x, kv_dtype)
+            over = x.float().abs() >= largest
+            assert torch.equal(codes.float()[over], best.float()[over]), f"{dtype} beyond {largest:g} does not saturate"
+            assert are_near(codes, best).all(), f"{dtype}: a code is neither the nearest nor a neighbour of it"
+            missed = float((codes.float() != best.float()).float().mean())
+            assert missed <= 1 / 16, f"{dtype}: {missed:.0%} of the codes are not the nearest one"
 
 
 def test_writes_keep_every_bit(conformance_platform: Platform, capabilities: Capabilities) -> None:

@@ -386,6 +386,24 @@ def test_kv_budget(conformance_platform: Platform) -> None:
     assert memory.kv_budget(1e-9) < _MIB
 
 
+def test_cache_memory(conformance_platform: Platform) -> None:
+    """It is zero, whatever was there before, and its own; what is too much is an error, and work goes on."""
+    memory, device = conformance_platform.memory(), conformance_platform.device()
+    for size in (1, 4099, 8 * _MIB):
+        first, second = memory.allocate(size), memory.allocate(size)
+        for x in (first, second):
+            assert (x.dtype, x.shape, x.device.type) == (torch.uint8, (size,), device.torch_device.type)
+            assert x.is_contiguous()
+            assert x.data_ptr() % 64 == 0, "vector instructions and copies want whole cache lines"
+            assert not x.any(), "not zeroed"
+        first.fill_(255)
+        assert not second.any(), "two caches share memory"
+        del x, first, second
+    with pytest.raises((torch.OutOfMemoryError, RuntimeError, OSError)):
+        memory.allocate(1 << 50)
+    assert not memory.allocate(_MIB).any()
+
+
 def test_peak(conformance_platform: Platform) -> None:
     """What a block of work needed at its peak, not what it kept; a second measurement starts anew."""
     memory, device = conformance_platform.memory(), conformance_platform.device().torch_device

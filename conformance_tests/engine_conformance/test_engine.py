@@ -16,6 +16,7 @@ from engine import LLM, RequestOutput, SamplingParams
 from engine.config import DEMO_MODEL, EngineArgs
 from engine.errors import UnsupportedCapability
 from engine_conformance.architectures import TOLERANCE, compare, head_size, reference, small_block
+from engine_conformance.reference import cached
 from engine_conformance.tiny_models import tiny_model
 from engine_sdk import Capabilities, Platform
 
@@ -337,6 +338,58 @@ def test_demo_model(
         assert worst <= allowed, f"log probabilities differ by {worst:.3g}; eager Transformers' by {allowed / 2:.3g}"
         behind = want.max(1).values - want[range(len(ours)), output.outputs[0].token_ids]
         assert (behind <= allowed).all(), "a token is not the likeliest"
+
+
+@pytest.mark.conformance(capability="fp8_cache")
+@pytest.mark.parametrize("option", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_cache(subject: Subject, capabilities: Capabilities, option: str, record_property: Record) -> None:
+    """With a cache of 8 bits, what comes out is the eager model's whose keys and values are rounded, however the
+    prompts are batched, cut, found in the cache or short of blocks; as many tokens need about half the memory."""
+    kinds = {option.replace("fp8", "torch.float8") + end for end in ("", "fn", "fnuz")}
+    flavours = sorted((dtype for dtype in capabilities.kv_dtypes if str(dtype) in kinds), key=str)
+    if not flavours:
+        with pytest.raises(UnsupportedCapability):
+            subject.llm(kv_cache_dtype=option)
+        record_property("rejected", option)
+        return
+    params = copy.copy(GREEDY)
+    params.logprobs = -1
+    roomy = subject.llm(kv_cache_dtype=option)
+    tight: dict[str, Any] = {"num_blocks": roomy.info.min_blocks + 1, "max_num_batched_tokens": 7}
+    assert roomy.info.kv_bytes < 0.75 * subject.llm(kv_cache_dtype="float32").info.kv_bytes / 2
+    outputs = [*roomy.generate(subject.prompts, params), *roomy.generate(subject.prompts[::-1], params)]
+    outputs += subject.llm(kv_cache_dtype=option, **tight).generate(subject.prompts, params)
+    assert any(output.num_cached_tokens for output in outputs)
+    errors, changes = [], []
+    for output in outputs:
+        ours = output.outputs[0].logprobs
+        assert ours is not None
+        exact, rounded = reference(subject.model, output), rounding(subject.model, output, flavours[0])
+        got = torch.tensor([[entry[j].logprob for j in range(exact.shape[1])] for entry in ours])
+        errors.append((got - rounded).abs())
+        changes.append((rounded - exact).abs())
+        behind = rounded[:, _TOKENS].max(1).values - rounded[range(len(ours)), output.outputs[0].token_ids]
+        assert behind.max() <= errors[-1].max() * 2 + TOLERANCE, "a token is not the likeliest"
+    # Where a key lies between two numbers of 8 bits, the last bit of its sum decides: most agree, and not every one.
+    error, change = (float(torch.cat(x).mean()) for x in (errors, changes))
+    assert error <= 0.1 * change + TOLERANCE, f"log probabilities differ by {error:.2g}; rounding changes {change:.2g}"
+
+
+@torch.no_grad()
+def rounding(model: Any, output: RequestOutput, dtype: torch.dtype) -> torch.Tensor:
+    """`reference` of a model whose keys and values pass through a cache of `dtype`."""
+    from transformers import DynamicCache
+
+    class Rounding(DynamicCache):
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = (cached(x, dtype).to(x.dtype) for x in (key_states, value_states))
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+
+    ids = torch.tensor([output.prompt_token_ids + output.outputs[0].token_ids])
+    logits = model(input_ids=ids, past_key_values=Rounding(), use_cache=True).logits[0]
+    return logits[len(output.prompt_token_ids) - 1 : -1].float().log_softmax(-1)  # type: ignore[no-any-return]
 
 
 def test_several_engines(subject: Subject, alone: list[list[int]], capabilities: Capabilities) -> None:

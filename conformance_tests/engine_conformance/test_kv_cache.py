@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from engine_conformance.arena import Arena, aligned, bind, prepare, run
-from engine_conformance.cases import Case, Row, Scale, block, dtypes, layer, members
-from engine_conformance.reference import attend, excess
-from engine_sdk import AttentionBatch, AttentionSpec, Capabilities, KVLayout, Platform
+from engine_conformance.cases import Case, Row, Scale, block, dtypes, layer, members, of_8_bits
+from engine_conformance.reference import attend, cached, excess
+from engine_sdk import AttentionBatch, AttentionSpec, Capabilities, KVLayout, Platform, UnsupportedCapability
 
 
 def specs(declared: Capabilities) -> st.SearchStrategy[AttentionSpec]:
@@ -204,28 +205,58 @@ def test_no_blocks(conformance_platform: Platform, capabilities: Capabilities) -
 
 def test_swap_round_trip(conformance_platform: Platform, capabilities: Capabilities) -> None:
     """Out to the host, the pool overwritten, and back into other blocks: the next decode has the same bits."""
-    device, size = conformance_platform.device(), block(capabilities)
     for dtype in dtypes(capabilities):
-        spec = layer(capabilities, dtype=dtype)
-        backend = conformance_platform.attention(spec)
-        case = Case(spec, size, (Row(2 * size + 1, 1), Row(size - 1, 1)), seed=3, spare_blocks=8)
-        stayed, moved = (prepare(backend, case, capabilities, device.torch_device) for _ in range(2))
-        want, _ = run(backend, stayed)
-        held = torch.tensor(owned_blocks(moved), device=device.torch_device)
-        out = tuple(x.cpu() for x in moved.layout.export_blocks(moved.cache, held))
-        free = torch.tensor(sorted(set(range(1, moved.num_blocks)) - set(held.tolist())))
-        there = free[torch.randperm(len(free), generator=torch.Generator().manual_seed(0))[: len(held)]]
-        there = there.to(device.torch_device)
-        moved.buffer[moved.pool] = 0xFF
-        moved.layout.import_blocks(moved.cache, there, *(x.to(device.torch_device) for x in out))
-        new_id = torch.zeros(moved.num_blocks, dtype=torch.int64, device=device.torch_device)
-        new_id[held] = there
-        slots, table = moved.batch.slots, moved.batch.block_table
-        moved.batch = replace(
-            moved.batch, block_table=new_id[table.long()].int(), slots=new_id[slots // size] * size + slots % size
-        )
-        got, _ = run(backend, moved)
-        assert torch.equal(got, want) if capabilities.deterministic else torch.allclose(got, want), dtype
+        swaps(conformance_platform, capabilities, layer(capabilities, dtype=dtype))
+
+
+def swaps(platform: Platform, declared: Capabilities, spec: AttentionSpec) -> None:
+    """Assert that a decode gives the same bits after its blocks were on the host and came back into others."""
+    device, size = platform.device(), block(declared)
+    backend = platform.attention(spec)
+    case = Case(spec, size, (Row(2 * size + 1, 1), Row(size - 1, 1)), seed=3, spare_blocks=8)
+    stayed, moved = (prepare(backend, case, declared, device.torch_device) for _ in range(2))
+    want, _ = run(backend, stayed)
+    held = torch.tensor(owned_blocks(moved), device=device.torch_device)
+    out = tuple(x.cpu() for x in moved.layout.export_blocks(moved.cache, held))
+    free = torch.tensor(sorted(set(range(1, moved.num_blocks)) - set(held.tolist())))
+    there = free[torch.randperm(len(free), generator=torch.Generator().manual_seed(0))[: len(held)]]
+    there = there.to(device.torch_device)
+    moved.buffer[moved.pool] = 0xFF
+    moved.layout.import_blocks(moved.cache, there, *(x.to(device.torch_device) for x in out))
+    new_id = torch.zeros(moved.num_blocks, dtype=torch.int64, device=device.torch_device)
+    new_id[held] = there
+    slots, table = moved.batch.slots, moved.batch.block_table
+    moved.batch = replace(
+        moved.batch, block_table=new_id[table.long()].int(), slots=new_id[slots // size] * size + slots % size
+    )
+    got, _ = run(backend, moved)
+    assert torch.equal(got, want) if declared.deterministic else torch.allclose(got, want), (spec.dtype, spec.kv_dtype)
+
+
+@of_8_bits
+def test_fp8_blocks(
+    conformance_platform: Platform,
+    capabilities: Capabilities,
+    kv_dtype: torch.dtype,
+    scale: Scale,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Blocks of 8 bits are about half as large as those of 16, swap, and serve sequences in any order."""
+    if kv_dtype not in capabilities.kv_dtypes:
+        with pytest.raises(UnsupportedCapability):
+            conformance_platform.attention(replace(layer(capabilities), kv_dtype=kv_dtype))
+        record_property("rejected", f"kv_dtypes.{str(kv_dtype).removeprefix('torch.')}")
+        return
+    wide = layer(capabilities)
+    spec = replace(wide, kv_dtype=kv_dtype)
+    if wide.kv_dtype in capabilities.kv_dtypes:
+        more, few = (conformance_platform.attention(s).layout(block(capabilities)).block_bytes for s in (wide, spec))
+        assert few <= 0.75 * more, f"a block has {few} bytes in 8 bits, and {more} in 16"
+    swaps(conformance_platform, capabilities, spec)
+    run_state_machine_as_test(
+        partial(Sequences, conformance_platform, capabilities, wide.dtype, kv_dtype),  # type: ignore[arg-type]
+        settings=settings(scale.certify(20), stateful_step_count=25),
+    )
 
 
 def owned_blocks(arena: Arena) -> list[int]:
@@ -286,23 +317,27 @@ def keep_busy(device: torch.device, declared: Capabilities) -> Tensor:
 class Sequences(RuleBasedStateMachine):
     """Sequences that grow, fork, swap and end in one pool, against a model that holds every token in a dictionary.
 
-    Blocks are shared by reference count; who writes into a shared block copies it first.
+    Blocks are shared by reference count; who writes into a shared block copies it first. Keys and values are numbers
+    that the cache holds exactly.
     """
 
-    def __init__(self, platform: Platform, declared: Capabilities, dtype: torch.dtype) -> None:
+    def __init__(
+        self, platform: Platform, declared: Capabilities, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.device = platform.device()
         self.declared = declared
         self.size = min(members(declared.block_sizes, (4, 8, 16)))
         dim = min(members(declared.head_dims, (16, 32, 64)))
-        self.spec = AttentionSpec(2, 1, dim, dim, dim**-0.5, dtype, dtype)
+        self.spec = AttentionSpec(2, 1, dim, dim, dim**-0.5, dtype, kv_dtype or dtype)
         self.backend = platform.attention(self.spec)
         self.layout = self.backend.layout(self.size)
         self.num_blocks = 14
         self.buffer, _, _, self.cache = bind(self.layout, self.num_blocks, 0, self.device.torch_device)
         if not declared.nan_safe:  # what is not written yet may be stale, but must be finite
-            stale = torch.full((self.num_blocks, self.size, 1, dim), 50.0, dtype=dtype, device=self.device.torch_device)
-            self.layout.import_blocks(self.cache, self.ids(list(range(self.num_blocks))), stale, -stale)
+            stale = torch.full((self.num_blocks, self.size, 1, dim), 50.0, device=self.device.torch_device)
+            images = (x.to(self.spec.kv_dtype) for x in (stale, -stale))
+            self.layout.import_blocks(self.cache, self.ids(list(range(self.num_blocks))), *images)
         self.refs = [0] * self.num_blocks
         self.tables: dict[int, list[int]] = {}
         self.tokens: dict[int, tuple[Tensor, Tensor]] = {}  # of each sequence, keys and values [length, 1, D]
@@ -328,7 +363,8 @@ class Sequences(RuleBasedStateMachine):
         """New values."""
         self.count += 1
         generator = torch.Generator().manual_seed(self.count)
-        return torch.randn(count, heads, self.spec.head_dim, generator=generator).to(self.spec.dtype)
+        drawn = torch.randn(count, heads, self.spec.head_dim, generator=generator).to(self.spec.dtype)
+        return cached(drawn, self.spec.kv_dtype).to(self.spec.dtype)
 
     @rule(news=st.lists(st.integers(1, 9), min_size=1, max_size=3), fresh=st.booleans())
     def step(self, news: list[int], fresh: bool) -> None:
@@ -455,7 +491,8 @@ class Sequences(RuleBasedStateMachine):
             for got, want in zip(
                 self.layout.export_blocks(self.cache, self.ids(table)), self.tokens[name], strict=True
             ):
-                assert same(got.flatten(0, 1)[: len(want)], want), f"the tokens of sequence {name}"
+                held = cached(want, self.spec.kv_dtype)
+                assert same(got.flatten(0, 1)[: len(want)], held), f"the tokens of sequence {name}"
 
 
 def test_sequences(conformance_platform: Platform, capabilities: Capabilities, scale: Scale) -> None:

@@ -496,3 +496,39 @@ class BidirectionalOverTheStepOnly(LoopAttention):
     def _sees(self, query: Tensor, key: Tensor, request: Request) -> Tensor:
         seen = super()._sees(query, key, request)
         return seen if self.spec.causal else seen & (key >= request.length - request.num_queries)
+
+
+@fault("L2", f"{_AGREES}[two_sided_window]")
+class TwoSidedWindowReachesAheadWithoutEnd(LoopAttention):
+    """A window on both sides ends before the query, and not behind it."""
+
+    def _sees(self, query: Tensor, key: Tensor, request: Request) -> Tensor:
+        if self.spec.causal or self.spec.window is None:
+            return super()._sees(query, key, request)
+        return (key > query - self.spec.window) & (key < request.length)
+
+
+@fault("L2", f"{_AGREES}[two_sided_window]")
+class TwoSidedWindowIsInclusive(LoopAttention):
+    """A window on both sides has one key more ahead."""
+
+    def _sees(self, query: Tensor, key: Tensor, request: Request) -> Tensor:
+        seen = super()._sees(query, key, request)
+        return seen if self.spec.causal or self.spec.window is None else seen | (key == query + self.spec.window)
+
+
+@fault("L2", f"{_AGREES}[relative_bias]")
+class RelativeBiasReversed(LoopAttention):
+    """The bias by distance is that of the query from the key."""
+
+    def _bias(self, slopes: Tensor, distance: Tensor) -> Tensor:
+        return super()._bias(slopes, distance if self.spec.relative is None else -distance)
+
+
+@fault("L2", f"{_AGREES}[relative_bias]")
+class RelativeBiasEndsEarly(LoopAttention):
+    """The last entries of the table of biases are never used."""
+
+    def _bias(self, slopes: Tensor, distance: Tensor) -> Tensor:
+        last = (self.spec.relative or 1) - 1
+        return super()._bias(slopes, distance if self.spec.relative is None else distance.clamp(-last, last))

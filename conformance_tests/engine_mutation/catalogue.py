@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from engine_cpu import CpuPlatform
+from engine_mutation.host import HostPlatform
 from engine_mutation.loop import LoopAttention
 from engine_sdk import (
     AttentionBackend,
@@ -157,7 +157,7 @@ def mutant_platform(name: str) -> type[Platform]:
     return type(mutant.part.__name__, (base,), {**attributes, "__doc__": mutant.says})
 
 
-class _Mutated(CpuPlatform):
+class _Mutated(HostPlatform):
     """The host's platform with one part replaced."""
 
     _part: ClassVar[type]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_cpu import CpuPlatform
 from engine_mutation.catalogue import fault
+from engine_mutation.host import HostPlatform
 from engine_sdk import Device, Event, HostEvent, MemoryInfo, MemoryManager, TorchDevice, TorchMemory
 
 _BUFFERS = "test_device.py::test_host_buffers"
@@ -20,7 +20,7 @@ _MEMORY = "test_device.py::test_memory_info"
 
 
 @fault("L0", "test_device.py::test_same_objects")
-class DeviceMadeEachTime(CpuPlatform):
+class DeviceMadeEachTime(HostPlatform):
     """Every call makes another device, so that streams and events of two are mixed."""
 
     def device(self) -> Device:
@@ -28,7 +28,7 @@ class DeviceMadeEachTime(CpuPlatform):
 
 
 @fault("L0", "test_device.py::test_same_objects")
-class MemoryMadeEachTime(CpuPlatform):
+class MemoryMadeEachTime(HostPlatform):
     """Every call makes another memory manager."""
 
     def memory(self) -> MemoryManager:
@@ -70,6 +70,23 @@ class LostAfterOutOfMemory(TorchDevice):
     def activate(self) -> None:
         mode: Any = _Sticky
         mode().__enter__()
+
+
+@fault("L0", "test_device.py::test_cache_memory")
+class CacheMemoryNotZeroed(TorchMemory):
+    """A cache begins with what the last one left."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return super().allocate(nbytes).fill_(7)
+
+
+@fault("L0", "test_device.py::test_cache_memory")
+class CacheMemoryMadeOnce(TorchMemory):
+    """Caches of one size are one."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        made: dict[int, Tensor] = self.__dict__.setdefault("_made", {})
+        return made.setdefault(nbytes, super().allocate(nbytes))
 
 
 @fault("L0", _BUFFERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from engine_mutation.catalogue import fault
 from engine_mutation.loop import LoopAttention, Request, SplitAttention
-from engine_sdk import AttentionBatch
+from engine_sdk import AttentionBatch, to_cache
 
 _AGREES = "test_attention.py::test_agrees_with_reference"
 _CAUSAL = f"{_AGREES}[causal]"
@@ -390,6 +391,58 @@ class CacheCastTruncates(LoopAttention):
         if self.spec.kv_dtype is not torch.bfloat16:
             return super()._to_cache(x)
         return (x.float().contiguous().view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+
+
+@fault("L2", "test_attention.py::test_fp8_writes[float8_e5m2]")
+class Fp8Overflows(LoopAttention):
+    """Numbers that are too large for a cache of 8 bits become infinity or NaN there."""
+
+    def _to_cache(self, x: Tensor) -> Tensor:
+        return x.to(self.spec.kv_dtype)
+
+
+@fault("L2", "test_attention.py::test_fp8_writes[float8_e4m3fn]")
+class Fp8CastTruncates(LoopAttention):
+    """Keys and values are cut off, not rounded, when they are written into a cache of 8 bits."""
+
+    def _to_cache(self, x: Tensor) -> Tensor:
+        kept = super()._to_cache(x)
+        if kept.itemsize > 1:
+            return kept
+        return (kept.view(torch.uint8) - (kept.float().abs() > x.float().abs()).byte()).view(kept.dtype)
+
+
+@fault("L2", "test_attention.py::test_fp8_cache[float8_e4m3fn]")
+class Fp8OwnKeysUnrounded(LoopAttention):
+    """Prompts see the step's own keys and values as they came, which a later chunk, or a prefix hit, cannot."""
+
+    _own: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, q: Tensor, k: Any, v: Any, cache: Any, plan: Any, out: Tensor, **extras: Any) -> None:
+        self._own = None if k is None or self.spec.kv_dtype.itemsize > 1 else (k, v)
+        super().forward(q, k, v, cache, plan, out, **extras)
+
+    def _gather(self, cache: Any, request: Request, at: Tensor) -> tuple[Tensor, Tensor]:
+        held = super()._gather(cache, request, at)
+        if self._own is not None and not request.is_decode:
+            for kept, came in zip(held, self._own, strict=True):
+                kept[at >= request.length - request.num_queries] = came[request.tokens].float()
+        return held
+
+
+@fault("L2", "test_attention.py::test_fp8_writes[float8_e4m3fn]")
+class Fp8OfAnotherFlavour(LoopAttention):
+    """A cache of e4m3fn is written and read as e4m3fnuz: consistent, and wrong for whoever else reads its blocks."""
+
+    def _to_cache(self, x: Tensor) -> Tensor:
+        if self.spec.kv_dtype is not torch.float8_e4m3fn:
+            return super()._to_cache(x)
+        return to_cache(x, torch.float8_e4m3fnuz).view(torch.float8_e4m3fn)
+
+    def _gather(self, cache: Any, request: Request, at: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spec.kv_dtype is torch.float8_e4m3fn:
+            cache = replace(cache, **{n: getattr(cache, n).view(torch.float8_e4m3fnuz) for n in ("keys", "values")})
+        return super()._gather(cache, request, at)
 
 
 @fault("L2", _CAUSAL)

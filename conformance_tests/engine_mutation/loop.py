@@ -23,6 +23,7 @@ from engine_sdk import (
     KVLayout,
     TokenMajor,
     UnsupportedCapability,
+    to_cache,
 )
 
 
@@ -100,7 +101,7 @@ class LoopAttention(AttentionBackend):
         cache.values.index_put_((blocks, offsets), self._to_cache(v))
 
     def _to_cache(self, x: Tensor) -> Tensor:
-        return x.to(self.spec.kv_dtype)
+        return to_cache(x, self.spec.kv_dtype)
 
     def _table(self, request: Request) -> Tensor:
         """The request's row of the block table, int64 [W]."""
@@ -136,7 +137,7 @@ class LoopAttention(AttentionBackend):
         spec = self.spec
         seen = (key <= query) if spec.causal else (key <= request.length - 1) & (query >= 0)
         if spec.window is not None:
-            seen = seen & (key > query - spec.window)
+            seen = seen & (key > query - spec.window) & (key < query + spec.window)
         if spec.chunk is not None:
             seen = seen & (key // spec.chunk == query // spec.chunk)
         return seen
@@ -182,7 +183,9 @@ class LoopAttention(AttentionBackend):
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _bias(self, slopes: Tensor, distance: Tensor) -> Tensor:
-        """ALiBi's, [H, T, L]."""
+        """[H, T, L]: ALiBi's, or from a table by distance."""
+        if (reach := self.spec.relative) is not None:
+            return slopes[:, distance.clamp(-reach, reach).long() + reach]
         return slopes[:, None, None] * distance
 
     def _mask(self, scores: Tensor, seen: Tensor) -> Tensor:

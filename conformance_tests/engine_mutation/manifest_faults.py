@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from engine_cpu import CpuPlatform
 from engine_mutation.catalogue import fault
+from engine_mutation.host import HostPlatform
 from engine_mutation.loop import LoopAttention
 from engine_sdk import (
     ATTENTION_FEATURES,
@@ -51,7 +51,7 @@ class _Nothing(AttentionBackend):
         return None
 
 
-class _Declaring(CpuPlatform):
+class _Declaring(HostPlatform):
     """Declares something else than the host does, and stays the host in everything else."""
 
     _declares: ClassVar[Mapping[str, Any]]
@@ -70,7 +70,7 @@ class Null(_Declaring):
 
 @fault(
     "L2",
-    "test_attention.py::test_kv_dtypes",
+    f"{_AGREES}[sliding_window]",
     attention=ATTENTION_FEATURES,
     kv_dtypes=frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)),
     graphs="full",
@@ -86,7 +86,7 @@ class Liar(_Declaring):
 
 
 @fault("L2", _CAUSAL)
-class RejectsEverything(CpuPlatform):
+class RejectsEverything(HostPlatform):
     """Declares as much as the host, and refuses every layer."""
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
@@ -114,7 +114,7 @@ class NotData(_Declaring):
 
 
 @fault("L0", "test_device.py::test_declares_the_same")
-class ChangesItsMind(CpuPlatform):
+class ChangesItsMind(HostPlatform):
     """What is declared differs from call to call."""
 
     _calls = itertools.count()
@@ -261,7 +261,7 @@ class CollectivesNotThere(_Declaring):
 
 
 @fault("L0", "test_plugin_rules.py::test_patches_nothing")
-class PatchesTheEngine(CpuPlatform):
+class PatchesTheEngine(HostPlatform):
     """The platform replaces a function of the engine"s when it is made."""
 
     def __init__(self, device_index: int = 0) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine_cpu import CpuPlatform
 from engine_mutation.catalogue import Ops, fault
+from engine_mutation.host import HostPlatform
 from engine_sdk import REFERENCE_OPS, ExpertsSpec, ExpertWeights, LinearMethod, QuantScheme, TorchExperts, combine
 
 _NORM = "test_ops.py::test_rms_norm"
@@ -339,7 +339,7 @@ class _LowAccumulator(_Linear):
 
 
 @fault("L1", _LINEAR)
-class LinearBiasDropped(CpuPlatform):
+class LinearBiasDropped(HostPlatform):
     """A platform's own linear layers leave the bias out."""
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
@@ -347,7 +347,7 @@ class LinearBiasDropped(CpuPlatform):
 
 
 @fault("L1", _LINEAR)
-class LinearAccumulatesInTheInputsDtype(CpuPlatform):
+class LinearAccumulatesInTheInputsDtype(HostPlatform):
     """A platform's own linear layers round the sum after every 8 products."""
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
@@ -355,7 +355,7 @@ class LinearAccumulatesInTheInputsDtype(CpuPlatform):
 
 
 @fault("L1", _LINEAR)
-class UnknownSchemeTaken(CpuPlatform):
+class UnknownSchemeTaken(HostPlatform):
     """A quantisation scheme that nobody declared is run as if there were none."""
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
@@ -363,7 +363,7 @@ class UnknownSchemeTaken(CpuPlatform):
 
 
 @fault("L1", "test_ops.py::test_experts_refuse_what_is_not_declared")
-class ExpertsTakeAnyDtype(CpuPlatform):
+class ExpertsTakeAnyDtype(HostPlatform):
     """Experts of a dtype that was not declared are made."""
 
     def experts(self, spec: ExpertsSpec) -> TorchExperts:

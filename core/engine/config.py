@@ -26,6 +26,10 @@ _AT_LEAST_ONE = (
     "block_size",
     "kv_cache_memory_bytes",
     "num_blocks",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "distributed_timeout_seconds",
 )
 
 
@@ -36,14 +40,23 @@ class EngineArgs:
     Args:
         model: a folder with config.json and safetensors; None is the small model that ships with the engine.
         tokenizer: a folder with the tokenizer; None takes the model's.
+        tokenizer_mode: how it is read: ``"auto"`` as Transformers does, or a word that a plugin brings.
         skip_tokenizer_init: no tokenizer; prompts and outputs are token ids.
         trust_remote_code: run Python code that comes with the checkpoint.
         dtype: ``"auto"`` (the checkpoint's, with fp32 kept as fp32), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         load_format: ``"auto"`` reads safetensors, ``"dummy"`` fills random weights; plugins may have others.
         hf_overrides: fields that replace those of config.json.
+        runner: ``"generate"``, or ``"pooling"`` for embeddings, scores and classes; ``"auto"`` follows the checkpoint.
+        pooler_config: how a model pools, where the checkpoint does not say, or otherwise; see the guide to pooling.
         seed: of dummy weights, and of requests that bring none.
         platform: the platform plugin's name; None takes the accelerator that is available.
-        device_index: which device of the platform.
+        device_index: which device of the platform; of several ranks, the first one's.
+        tensor_parallel_size: ranks that split each layer of the model.
+        pipeline_parallel_size: stages of successive layers, each of as many ranks, that a step passes through.
+        data_parallel_size: replicas of the engine, with so many ranks each; requests go to the least busy.
+        enable_expert_parallel: the ranks that split layers have whole experts each, and tokens travel.
+        distributed_executor_backend: what runs several ranks; ``"mp"`` by default, a process each on this machine.
+        distributed_timeout_seconds: without progress of any rank, a run ends after these, and names who is behind.
         max_model_len: most tokens of prompt and output together; None takes the model's limit, or what fits.
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step; prompts beyond it are prefilled in chunks.
@@ -52,7 +65,7 @@ class EngineArgs:
         async_scheduling: schedule a step while the one before runs; None follows the platform.
         enforce_eager: neither compile the model nor capture graphs, where the platform would.
         block_size: tokens in a KV block; None takes the platform's.
-        kv_cache_dtype: ``"auto"`` is the model's dtype.
+        kv_cache_dtype: ``"auto"`` is the model's; ``"fp8"``, in the platform's own format, halves that of 16 bits.
         gpu_memory_utilization: share of the device's memory that the engine may use, weights included.
         kv_cache_memory_bytes: KV memory in bytes; wins over the share.
         num_blocks: KV memory in pages; wins over both.
@@ -61,14 +74,23 @@ class EngineArgs:
 
     model: str | None = None
     tokenizer: str | None = None
+    tokenizer_mode: str = "auto"
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: str = "auto"
     hf_overrides: dict[str, Any] = field(default_factory=dict)
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    pooler_config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     platform: str | None = None
     device_index: int = 0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    distributed_executor_backend: str | None = None
+    distributed_timeout_seconds: float = 300.0
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -77,11 +99,16 @@ class EngineArgs:
     async_scheduling: bool | None = None
     enforce_eager: bool = False
     block_size: int | None = None
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None
     disable_log_stats: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def folder(self) -> Path:
@@ -123,6 +150,7 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"  # order of waiting requests and victims
     # most prompt tokens a step computes for a sequence that wants prompt logprobs, since each needs a row of logits
     prompt_logprobs_chunk: int = 256
+    whole_prompts: bool = False  # a prompt is computed in one step, for models whose tokens see later ones
 
 
 @dataclass(frozen=True)

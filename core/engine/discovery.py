@@ -18,13 +18,16 @@ FAMILIES = "engine.platform_families"
 HOOKS = "engine.plugins"
 """The entry-point group of hooks, `engine.hooks`."""
 
+RUNNERS = "engine.runners"
+"""The entry-point group of subclasses of `engine.runner.ModelRunner`, each for the models that its ``claims`` says."""
+
 ENV_PLATFORM = "ENGINE_PLATFORM"
 """The environment variable that names the platform where no argument does."""
 
 CHOOSE = f"--platform NAME, {ENV_PLATFORM}=NAME or LLM(platform=NAME)"
 """How users choose a platform, for messages."""
 
-_KINDS = {PLATFORMS: "platform plugin", FAMILIES: "platform family", HOOKS: "hook plugin"}
+_KINDS = {PLATFORMS: "platform plugin", FAMILIES: "platform family", HOOKS: "hook plugin", RUNNERS: "runner"}
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,74 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict
+from typing import Any, Protocol, cast
 
-from engine.config import EngineArgs
-from engine.info import EngineStats
+from engine.config import CacheConfig, EngineArgs, SchedulerConfig
+from engine.discovery import RUNNERS, discover
+from engine.errors import ConfigError, RequestError
+from engine.info import EngineInfo, EngineStats
+from engine.interfaces import Platform
 from engine.kv.manager import KVCacheManager
-from engine.plugins import get_hooks, load_platform
+from engine.kv.pool import KVPlan
+from engine.model.share import Share
+from engine.plugins import Hooks, get_hooks, load_platform
 from engine.request import CoreOutput, CoreRequest
-from engine.runner import InFlight, ModelRunner, resolve
+from engine.runner import ModelRunner, resolve
 from engine.scheduler import Scheduler
-from engine.step import Step
+from engine.step import Step, StepResult
+
+
+class Launched(Protocol):
+    """A step that was launched; see `engine.runner.InFlight`."""
+
+    def collect(self) -> StepResult: ...  # noqa: D102
+
+
+class Executor(Protocol):
+    """What runs steps: a `ModelRunner` in this process, or what stands for one on each of several ranks."""
+
+    kv_plan: KVPlan
+    cache_config: CacheConfig
+    scheduler_config: SchedulerConfig
+    overlap: bool
+
+    def launch(self, step: Step) -> Launched:
+        """See `ModelRunner.launch`."""
+
+    def info(self, load_seconds: float) -> EngineInfo:
+        """See `ModelRunner.info`."""
+
+
+def _executor(args: EngineArgs, hooks: Hooks, progress: bool) -> Executor:
+    if args.distributed_executor_backend or args.world_size > 1 or args.enable_expert_parallel:
+        return cast("Executor", _plugin(args.distributed_executor_backend or "mp", hooks)(args, progress=progress))
+    return make_runner(args, hooks, progress=progress)
+
+
+def make_runner(
+    args: EngineArgs, hooks: Hooks, share: Callable[[Platform], Share] | None = None, *, progress: bool = False
+) -> ModelRunner:
+    """The runner in this process: of the whole model, or of the share of it that `share` makes."""
+    platform = load_platform(args.platform, args.device_index)
+    args = resolve(args, platform, hooks.engine_config_defaults(asdict(args)))
+    kinds: list[Any] = [kind for plugin in discover(RUNNERS) if (kind := cast(Any, plugin.load())).claims(args)]
+    return cast(ModelRunner, (kinds or [ModelRunner])[0](args, platform, share and share(platform), progress=progress))
+
+
+def _plugin(name: str, hooks: Hooks) -> Callable[..., Any]:
+    if (make := (executors := hooks.engine_executors()).get(name)) is None:
+        names = ", ".join(sorted(executors.keys() - {"replicas"})) or "none; install the engine again"
+        raise ConfigError(f"no distributed_executor_backend {name!r}; there are: {names}")
+    return make
+
+
+def make_core(args: EngineArgs, *, progress: bool = False) -> EngineCore:
+    """An `EngineCore`, or what stands for several replicas of one with `data_parallel_size`."""
+    make = EngineCore if args.data_parallel_size == 1 else _plugin("replicas", get_hooks())
+    return cast("EngineCore", make(args, progress=progress))
 
 
 class EngineCore:
@@ -29,18 +86,27 @@ class EngineCore:
     def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
         begin = time.monotonic()
         self._hooks = get_hooks()
-        platform = load_platform(args.platform, args.device_index)
-        args = resolve(args, platform, self._hooks.engine_config_defaults(asdict(args)))
-        self.runner = ModelRunner(args, platform, progress=progress)
+        self.runner = _executor(args, self._hooks, progress)
         self.kv = KVCacheManager(self.runner.kv_plan.groups, self.runner.cache_config)
         self.scheduler = Scheduler(self.runner.scheduler_config, self.kv)
         self._depth = 2 if self.runner.overlap else 1
-        self._in_flight: deque[tuple[Step, InFlight]] = deque()
+        self._in_flight: deque[tuple[Step, Launched]] = deque()
         self.info = self.runner.info(load_seconds=time.monotonic() - begin)
+        self._grammars = self._hooks.engine_grammars(asdict(args), self.info.vocab_size)
 
     def add(self, request: CoreRequest) -> None:
-        """Queue a sequence; raises `RequestError` with the numbers when it can never run."""
+        """Queue a sequence; raises `RequestError` with the reason when it can never run. Waits for `prepare`."""
+        if request.params.logits_processors and not isinstance(self.runner, ModelRunner):
+            raise RequestError("logits_processors are Python functions, which cannot reach the processes of ranks")
+        if preparing := self.prepare(request):
+            preparing.result()
         self.scheduler.add(request)
+
+    def prepare(self, request: CoreRequest) -> Future[None] | None:
+        """What makes `add` quick, done on another thread; None where it is quick already."""
+        if request.params.structured_outputs and not self._grammars:
+            raise RequestError("structured_outputs needs a plugin that answers engine_grammars, and there is none")
+        return cast("Future[None] | None", request.params.structured_outputs and self._grammars.prepare(request))
 
     def abort(self, request_ids: Iterable[str]) -> list[CoreOutput]:
         """End sequences now; unknown ids are ignored, since the sequence may just have finished."""
@@ -52,14 +118,19 @@ class EngineCore:
 
     def step(self) -> list[CoreOutput]:
         """Launch what can be launched, collect the oldest step, and return what it brought."""
-        while len(self._in_flight) < self._depth and (step := self.scheduler.schedule()) is not None:
-            self._in_flight.append((step, self.runner.launch(step)))
-        if not self._in_flight:
+        if not self.launch():
             return []
         step, handle = self._in_flight.popleft()
-        outputs = self.scheduler.update(step, handle.collect())
+        result = handle.collect()
+        outputs = self.scheduler.abort(result.failed) + self.scheduler.update(step, result)
         self._hooks.engine_stats(self._stats(step, outputs))
         return outputs
+
+    def launch(self) -> Launched | None:
+        """Launch what can be launched; the oldest step that is under way, which the next call of `step` collects."""
+        while len(self._in_flight) < self._depth and (step := self.scheduler.schedule()) is not None:
+            self._in_flight.append((step, self.runner.launch(step)))
+        return self._in_flight[0][1] if self._in_flight else None
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prompts; false when running sequences hold blocks, which then stay."""

@@ -25,7 +25,7 @@ from engine.request import (
 from engine.text import SequenceOutput, Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or ``{"prompt": str}`` / ``{"prompt_token_ids": [...]}`` with an optional ``"cache_salt"``."""
+"""Text, token ids, or ``{"prompt": str}`` / ``{"prompt_token_ids": [...]}`` with ``"cache_salt"`` or ``"pooling"``."""
 
 
 @dataclass
@@ -40,6 +40,7 @@ class _Request:
     running: set[str]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    pooled: bytes | None = None
     preemptions: dict[str, int] = field(default_factory=dict)
 
     def output(self) -> RequestOutput:
@@ -53,6 +54,7 @@ class _Request:
             prompt_logprobs=self.prompt_logprobs,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
+            pooled=self.pooled,
         )
 
 
@@ -96,9 +98,12 @@ class Frontend:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is running already; ids must be unique")
         text, ids, salt = self._read(prompt)
-        self._check_prompt(ids)
+        pooling = prompt.get("pooling") if isinstance(prompt, Mapping) else None
+        if self.info.pooling and pooling is None:
+            raise RequestError(f"the model does not generate; it serves {', '.join(self.info.pooling['tasks'])}")
+        room = self.info.max_model_len - len(ids) + (pooling is not None)  # its one token is never made
+        self._check_prompt(ids, room)
         self._check_params(params)
-        room = self.info.max_model_len - len(ids)
         seed = next(self._seeds) if params.seed is None else params.seed
         bad = self._bad_words(params)
         now = time.monotonic()
@@ -112,6 +117,7 @@ class Frontend:
                 priority=priority,
                 cache_salt=cache_salt if cache_salt is not None else salt,
                 arrival=now,
+                pooling=pooling,
             )
             for i in range(params.n)
         ]
@@ -170,8 +176,9 @@ class Frontend:
         state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = output.scheduled_time
-        if output.token_ids and metrics.first_token_time is None:
+        if (output.token_ids or output.pooled is not None) and metrics.first_token_time is None:
             metrics.first_token_time = now
+        state.pooled = output.pooled
         if output.prompt_logprobs and state.prompt_logprobs is not None and self._sequences[output.request_id][1] == 0:
             sequence = state.sequences[0]
             state.prompt_logprobs.extend(sequence.logprob_dict(entry) for entry in output.prompt_logprobs)
@@ -180,7 +187,7 @@ class Frontend:
         """Text if there is one, token ids, cache salt."""
         salt = None
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt", "pooling"}
             if unknown or not {"prompt", "prompt_token_ids"} & set(prompt):
                 raise RequestError(
                     f"a prompt given as a dictionary has 'prompt' or 'prompt_token_ids', and may have 'cache_salt'; "
@@ -198,7 +205,7 @@ class Frontend:
             raise RequestError(f"a prompt is text, token ids or a dictionary, not {type(prompt).__name__}")
         return None, _token_ids(prompt), salt
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def _check_prompt(self, ids: list[int], room: int) -> None:
         if not ids:
             raise RequestError("the prompt is empty; it needs at least one token")
         low, high = min(ids), max(ids)
@@ -206,7 +213,7 @@ class Frontend:
             raise RequestError(
                 f"token id {low if low < 0 else high} is out of the model's vocabulary of {self.info.vocab_size}"
             )
-        if len(ids) >= self.info.max_model_len:
+        if room < 1:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and max_model_len is {self.info.max_model_len}, prompt and output "
                 f"together; shorten the prompt or raise max_model_len"

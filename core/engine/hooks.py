@@ -51,10 +51,49 @@ def engine_load_formats() -> Mapping[str, Callable[..., Any]] | None:
     """Load formats, for weights that are stored in a way of their own.
 
     Returns:
-        The word that ``--load-format`` takes to a function, which is called as ``plan = open(model, folder)`` while the
-        model's parameters are on `meta`: it checks what it can, and changes nothing but which parameters are tied. Once
-        they have storage, ``plan.fill(device, progress=bool)`` fills them. Two plugins that read one format are an
-        error.
+        The word that ``--load-format`` takes to a function, which is called as ``plan = open(model, args)`` with the
+        `EngineArgs`, while the model's parameters are on `meta`: it checks what it can, and changes nothing but which
+        are tied. Once they have storage, ``plan.fill(device, progress=bool)`` fills them. A parameter with a ``cut``
+        (`engine.model.load.Cut`) keeps a part of its tensor. Two plugins that read one format are an error.
+    """
+
+
+@hookspec
+def engine_swaps() -> Mapping[str, Callable[..., Any]] | None:
+    """Swaps of a model's parts, made once a probe has seen it, while its parameters are on `meta`.
+
+    Returns:
+        The name to a function, called as ``parts = swap(model, seen, packs)`` with what the probe saw and whether
+        the platform packs weights. Each part gets ``allocate(device)``, and, filled, ``pack(method)`` where it does.
+    """
+
+
+@hookspec
+def engine_executors() -> Mapping[str, Callable[..., Any]] | None:
+    """What runs a model on several ranks, by the word that ``--distributed-executor-backend`` takes.
+
+    Returns:
+        The word to a function, called as ``make(args, progress=bool)``, which gives an `engine.engine.Executor`, its
+        model loaded. The word ``replicas`` gives what stands for an `EngineCore` with ``data_parallel_size``.
+    """
+
+
+@hookspec
+def engine_grammars(options: Mapping[str, Any], vocab_size: int) -> Mapping[str, Any] | None:
+    """What holds outputs to the form that `SamplingParams.structured_outputs` asks for.
+
+    Returns:
+        ``"grammars"`` to an object with the methods of `engine.extensions.grammar.masks.Grammars`. Two are an error.
+    """
+
+
+@hookspec
+def engine_tokenizers() -> Mapping[str, Callable[..., Any]] | None:
+    """Ways to read a tokenizer.
+
+    Returns:
+        The word that ``--tokenizer-mode`` takes to a function, called as ``load(folder, trust, vocab_size)``, which
+        gives an `engine.text.Tokenizer`; see `engine.text.load_tokenizer`. Two plugins with one word are an error.
     """
 
 

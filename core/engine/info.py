@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -24,6 +24,7 @@ class EngineInfo:
         max_num_seqs, max_num_batched_tokens: limits of a step.
         weight_bytes: of the parameters.
         load_seconds: from start to ready.
+        pooling: what a model that does not generate serves, ``"tasks"`` above all; empty for one that generates.
     """
 
     model: str
@@ -43,6 +44,7 @@ class EngineInfo:
     max_num_batched_tokens: int
     weight_bytes: int
     load_seconds: float
+    pooling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partialmethod
 from typing import Any, cast
 
 from tqdm import tqdm
 
 from engine.config import EngineArgs
-from engine.engine import EngineCore
+from engine.discovery import RUNNERS, discover
+from engine.engine import make_core
 from engine.errors import EngineDeadError, RequestError
 from engine.frontend import Frontend, Prompt
 from engine.info import EngineInfo
@@ -39,17 +41,14 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self.args = EngineArgs.of(model=model, **options)
         self._progress = not self.args.disable_log_stats and sys.stderr.isatty()
-        self._core = EngineCore(self.args, progress=self._progress)
+        self._core = make_core(self.args, progress=self._progress)
         self.info: EngineInfo = self._core.info
-        tokenizer = (
-            None
-            if self.args.skip_tokenizer_init
-            else load_tokenizer(
-                self.args.tokenizer or self.info.model,
-                trust_remote_code=self.args.trust_remote_code,
-                vocab_size=self.info.vocab_size,
+        tokenizer, args = None, self.args
+        if not args.skip_tokenizer_init:
+            trust, size = args.trust_remote_code, self.info.vocab_size
+            tokenizer = load_tokenizer(
+                args.tokenizer or self.info.model, args.tokenizer_mode, trust=trust, vocab_size=size
             )
-        )
         self._frontend = Frontend(self.info, tokenizer, self.args.seed)
         self._ids = itertools.count()
         self._dead: Exception | None = None
@@ -134,6 +133,15 @@ class LLM:
         prompts = [self._render(cast("Sequence[Message]", conversation), **options) for conversation in many]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def _pool(self, name: str, *args: Any, **options: Any) -> list[Any]:
+        """A method that comes with the runner of models that do not generate: see `engine.extensions.pooling`."""
+        (runner,) = (plugin.load() for plugin in discover(RUNNERS) if plugin.name == "pooling")
+        return cast("list[Any]", getattr(runner, name)(self, *args, **options))
+
+    embed, encode = partialmethod(_pool, "embed"), partialmethod(_pool, "encode")
+    classify, reward = partialmethod(_pool, "classify"), partialmethod(_pool, "reward")
+    score, rerank = partialmethod(_pool, "score"), partialmethod(_pool, "rerank")
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt and yield its output after each step; closing the iterator aborts the request."""
         self._admit([prompt], self._params(sampling_params, 1), [0])
@@ -156,8 +164,7 @@ class LLM:
         self._core.reset_prefix_cache()
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if given is None:
-            given = self.get_default_sampling_params()
+        given = self.get_default_sampling_params() if given is None else given
         params = [given] * count if isinstance(given, SamplingParams) else list(given)
         if len(params) != count:
             raise RequestError(f"{count} prompts and {len(params)} sampling_params; give one for all, or one each")

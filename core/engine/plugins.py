@@ -139,8 +139,17 @@ def get_hooks() -> Hooks:
     return Hooks(discover(HOOKS))
 
 
+def _table(hook: str) -> Callable[[Hooks], dict[str, Callable[..., Any]]]:
+    """A method: what the plugins answer to `hook`, by name; raises `PluginError` where two have one name."""
+    return lambda self: {name: found for name, (_, found) in self._merge(hook).items()}
+
+
 class Hooks:
     """Calls what `engine.hooks` specifies; each plugin has a manager of its own, so a failure has a name."""
+
+    engine_models, engine_load_formats = _table("engine_models"), _table("engine_load_formats")
+    engine_swaps, engine_executors = _table("engine_swaps"), _table("engine_executors")
+    engine_tokenizers = _table("engine_tokenizers")
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         """Load and register `plugins`; raises `PluginError` for a wrong signature or a hook that does not exist."""
@@ -159,13 +168,9 @@ class Hooks:
                 )
         return {name: value for name, (_, value) in answers.items() if options[name] is None}
 
-    def engine_models(self) -> dict[str, Callable[..., Any]]:
-        """The plugins' adapters by architecture; raises `PluginError` where two adapt the same."""
-        return {name: adapter for name, (_, adapter) in self._merge("engine_models").items()}
-
-    def engine_load_formats(self) -> dict[str, Callable[..., Any]]:
-        """The plugins' load formats by name; raises `PluginError` where two read the same."""
-        return {name: opener for name, (_, opener) in self._merge("engine_load_formats").items()}
+    def engine_grammars(self, options: Mapping[str, Any], vocab_size: int) -> Any:
+        """What holds outputs to a form, None if no plugin does; raises `PluginError` where two do."""
+        return self._merge("engine_grammars", options=options, vocab_size=vocab_size).get("grammars", (None, None))[1]
 
     def engine_stats(self, stats: EngineStats) -> None:
         """Hand a snapshot to all sinks."""

@@ -43,6 +43,7 @@ class SamplingParams:
         logit_bias: token id to a number that is added to its logit.
         allowed_token_ids: only these may be produced.
         logits_processors: functions that change the logits; offline only.
+        structured_outputs: the form that the output must have, as `StructuredOutputsParams` describes it.
     """
 
     n: int = 1
@@ -68,6 +69,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     logits_processors: list[LogitsProcessor] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model; raises `RequestError`."""
@@ -109,6 +111,8 @@ class SamplingParams:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids without it")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty, so no token could be produced")
+        form, asked = self.structured_outputs, "structured_outputs"
+        need(form is None or (isinstance(form, dict) and bool(form)), asked, "a StructuredOutputsParams")
         if self.temperature == 0 and self.n > 1:
             raise RequestError("n above 1 with temperature 0 would make the same completion n times; set a temperature")
 
@@ -178,6 +182,7 @@ class RequestOutput:
         finished: nothing more will come.
         metrics: when things happened.
         num_cached_tokens: prompt tokens that came from the prefix cache.
+        pooled: what became of the prompt in a model that does not generate, as its runner writes it.
     """
 
     request_id: str
@@ -188,6 +193,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    pooled: bytes | None = None
 
 
 @dataclass
@@ -203,6 +209,7 @@ class CoreRequest:
     priority: int = 0  # lower runs first under the priority policy
     cache_salt: str | None = None  # joins the prefix cache's hash, so that only requests of equal salt share blocks
     arrival: float = 0.0  # order of arrival; ties of priority are broken by it
+    pooling: dict[str, Any] | None = None  # what a runner that pools makes of the prompt, in place of tokens
 
 
 @dataclass
@@ -228,3 +235,4 @@ class CoreOutput:
     num_cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     num_preemptions: int = 0  # so far
     scheduled_time: float | None = None  # when it was first scheduled, `time.monotonic`
+    pooled: bytes | None = None  # what the runner made in place of tokens; the sequence has ended

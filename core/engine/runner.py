@@ -27,8 +27,10 @@ from engine.kv.pool import KVPlan, KVPool, plan_pool
 from engine.logprobs import DeviceLogprobs
 from engine.model import config as model_config
 from engine.model.adapt import AdaptedModel, load_model
+from engine.model.share import Share
+from engine.plugins import get_hooks
 from engine.request import CoreRequest
-from engine.sampler import Sampled, Sampler
+from engine.sampler import Sampled, Sampler, SamplingPlan
 from engine.staging import Staging
 from engine.step import Step, StepResult
 
@@ -48,20 +50,28 @@ class InFlight:
     logprobs: DeviceLogprobs | None
     prompt_logprobs: dict[int, DeviceLogprobs]
     event: Event
+    settled: bool = False
+
+    def settle(self) -> None:
+        """Wait for the step and tell the sampler what it gave, once."""
+        self.event.synchronize()
+        for at, token in zip(() if self.settled else self.batch.sampled, self.token_ids.tolist(), strict=False):
+            row = self.batch.work[at].row
+            if self.runner.requests.get(row) is self.requests[at]:  # the row may have a new owner by now
+                self.runner.sampler.append(row, token)
+        self.settled = True
 
     def collect(self) -> StepResult:
         """Wait for the step and bring its tokens to the host, aligned with `Step.work`."""
-        self.event.synchronize()
+        self.settle()
         batch, size = self.batch, len(self.batch.work)
         result = StepResult([None] * size, [None] * size, [None] * size)
+        result.failed, self.runner.sampler.failed = self.runner.sampler.failed, []
         logprobs = self.logprobs.to_host() if self.logprobs else None
         for i, (at, token) in enumerate(zip(batch.sampled, self.token_ids.tolist(), strict=True)):
-            slot, row = batch.order[at], batch.work[at].row
-            result.token_ids[slot] = token
+            result.token_ids[batch.order[at]] = token
             if logprobs:
-                result.logprobs[slot] = logprobs[i]
-            if self.runner.requests.get(row) is self.requests[at]:  # the row may have a new owner by now
-                self.runner.sampler.append(row, token)
+                result.logprobs[batch.order[at]] = logprobs[i]
         for at, entries in self.prompt_logprobs.items():
             result.prompt_logprobs[batch.order[at]] = [e for e in entries.to_host() if e is not None]
         return result
@@ -78,15 +88,19 @@ class ModelRunner:
         requests: which request owns each row.
     """
 
-    def __init__(self, args: EngineArgs, platform: Platform, *, progress: bool = False) -> None:
+    _begin: Any = None
+
+    def __init__(
+        self, args: EngineArgs, platform: Platform, share: Share | None = None, *, progress: bool = False
+    ) -> None:
         gc.collect()  # an engine that was dropped before may be a reference cycle, and hold its memory
         platform.memory().release()
-        self.platform = platform
+        self.platform, self._share = platform, share
         self.args = args
         device = platform.device()
         device.activate()
         self._device = device
-        self.model: AdaptedModel = load_model(args, platform, progress=progress)
+        self.model: AdaptedModel = load_model(args, platform, share, begin=self._begin, progress=progress)
         assert args.max_num_seqs is not None
         assert args.max_num_batched_tokens is not None
         assert args.block_size is not None
@@ -99,12 +113,14 @@ class ModelRunner:
         backends = {name: layer.backend for name, layer in layers if layer.shares_kv_with is None}
         self.kv_plan = plan_pool(backends, args.block_size, declared.block_sizes)
         num_blocks = args.num_blocks or self._affordable_blocks()
+        if share is not None:
+            num_blocks = share.least(num_blocks)
         max_len, self.min_blocks = _fit(self.kv_plan, num_blocks, args, self.model.max_model_len)
         self.scheduler_config = SchedulerConfig(
             args.max_num_seqs, args.max_num_batched_tokens, max_len, args.scheduling_policy
         )
         self.cache_config = CacheConfig(num_blocks, args.enable_prefix_caching)
-        self.pool = KVPool(self.kv_plan, backends, device, num_blocks)
+        self.pool = KVPool(self.kv_plan, backends, platform, num_blocks)
         self._plans = self._bind()
         self._staging = Staging(device)
         self._builder = BatchBuilder(
@@ -115,10 +131,15 @@ class ModelRunner:
         self._graphs = runtime and StepGraphs(
             runtime, mixed, config, self._staging, self._builder, self._plans, self._forward
         )
-        self.sampler = Sampler(self.model.vocab_size, args.max_num_seqs, device.torch_device, platform.ops(), args.seed)
+        vocab_size, ops = self.model.vocab_size, platform.ops()
+        self.sampler = Sampler(vocab_size, args.max_num_seqs, device.torch_device, ops, args.seed)
+        self.sampler.grammars = get_hooks().engine_grammars(asdict(args), vocab_size)
+        self._last: InFlight | None = None
         self._last_sampled = torch.zeros(args.max_num_seqs, dtype=torch.int64, device=device.torch_device)
         self.overlap = declared.asynchronous if args.async_scheduling is None else args.async_scheduling
         self.requests: dict[int, CoreRequest] = {}
+        if share is not None and not share.capturable:
+            self._graphs = None
 
     def _bind(self) -> list[tuple[int, AttentionBackend]]:
         """Give each layer its cache; returns the (group, backend) pairs that need a plan a step."""
@@ -174,10 +195,11 @@ class ModelRunner:
         self._staging.begin(self._builder.nbytes(step, shape) + self.sampler.nbytes(len(step.work)))
         batch = self._builder.build(step, shape)
         self._builder.stage_tables()
-        sampled_work = [batch.work[i] for i in batch.sampled]
-        plan = self.sampler.plan(
-            [w.row for w in sampled_work], [w.start + w.num_tokens for w in sampled_work], self._staging
-        )
+        rows = [batch.work[i].row for i in batch.sampled]
+        ends = [batch.work[i].start + batch.work[i].num_tokens for i in batch.sampled]
+        # Where the last step's ids are needed, the device gets this one's forward pass before the host waits for them.
+        late = self._last if self._last and not self._last.settled and self.sampler.waits(rows) else None
+        plan = None if late else self.sampler.plan(rows, ends, self._staging)
         self._staging.upload()
         self._builder.update_tables()
         if shape and self._graphs:
@@ -185,7 +207,19 @@ class ModelRunner:
         else:
             groups = self._builder.attention(batch)
             logits = self._forward(batch, [backend.plan(groups[group]) for group, backend in self._plans])
+        if plan is None:
+            assert late is not None
+            late.settle()
+            plan = self.sampler.plan(rows, ends, self._staging)
+            self._staging.upload()
+        self._last = self._finish(batch, logits, plan)
+        return self._last
+
+    def _finish(self, batch: Batch, logits: Tensor, plan: SamplingPlan) -> InFlight:
+        """Enqueue what becomes of the logits [S + P, V]."""
         sampled = self.sampler.sample(logits[: len(batch.sampled)], plan)
+        if self._share is not None:
+            sampled.token_ids = self._share.same(sampled.token_ids)
         self._last_sampled.index_copy_(0, batch.sampled_rows.device, sampled.token_ids)
         prompt = self._prompt_logprobs(batch, logits[len(batch.sampled) :])
         return self._send(batch, sampled, prompt)

@@ -1,6 +1,6 @@
 """From logits to tokens: what each row's `SamplingParams` ask for, in vLLM's order.
 
-    logits -> bias, bad and too-early stop tokens -> custom processors -> allowed tokens, penalties -> draw
+    logits -> bias, bad and too-early stop tokens -> custom processors -> allowed tokens, penalties -> grammars -> draw
 
 A request's tokens depend on its logits, its seed and the position only: not on its row, its neighbours or preemptions.
 S is the rows of a step, R those with a history, V the vocabulary.
@@ -9,8 +9,9 @@ S is the rows of a step, R those with a history, V the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class SamplingPlan:
     draw: DrawInputs | None = None  # None if all rows are greedy
     added: tuple[Staged, Staged] | None = None  # int64, indices into the flat logits; fp32, what is added there
     processors: list[tuple[int, _Edits]] = field(default_factory=list)  # index
+    grammars: Callable[[Tensor], None] | None = None
     new: list[tuple[int, int]] = field(default_factory=list)  # slots whose history starts, and with what everywhere
     past: tuple[Staged, Staged] | None = None  # int64, indices into the flat history; int32, what is added there
     history: tuple[Staged, Staged] | None = None  # int64 [2, R], index and slot; fp32 [3, R], penalties
@@ -69,11 +71,14 @@ class _Edits:
     stops: list[int]  # not before `min_tokens`
     bad: list[list[int]]  # sequences that must not be completed
     processors: list[LogitsProcessor]
-    output: list[int]  # kept only for `bad` and `processors`
+    grammar: Any  # the state of one, as `engine.hooks.engine_grammars` has it; None if the output is free
+    output: list[int]  # kept only if it `waits`
+    waits: bool  # the next token depends on ids that the host must know
 
     def added(self, early: bool) -> Iterator[tuple[int, float]]:
         """Token ids, and what is added to their logits."""
         yield from self.bias.items()
+        early = early and not (self.grammar and self.grammar.ended)
         banned = [*(self.stops if early else ()), *(i[-1] for i in self.bad if self._ends_with(i[:-1]))]
         yield from ((token, -math.inf) for token in banned)
 
@@ -90,10 +95,16 @@ class Sampler:
         device: where the logits are.
         ops: the platform's.
         seed: of requests that bring none.
+
+    Attributes:
+        grammars: as `engine.hooks.engine_grammars` has it, where a plugin does.
+        failed: ids of requests whose grammar cannot go on.
     """
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device, ops: OpSet, seed: int = 0) -> None:
         self.vocab_size, self._ops, self._default_seed = vocab_size, ops, seed
+        self.grammars: Any = None
+        self.failed: list[str] = []
         self._rows = np.full(max_rows, _IDLE)
         self._edits: dict[int, _Edits] = {}
         self._past: dict[int, tuple[int, NDArray[np.int64], NDArray[np.int32]]] = {}  # for the next plan to write
@@ -116,8 +127,11 @@ class Sampler:
         stops = self._known((*request.eos_token_ids, *(params.stop_token_ids or ()))) if params.min_tokens else []
         bad = [ids for ids in request.bad_token_ids if ids and self._known(ids) == ids]
         processors = list(params.logits_processors or ())
-        if bias or stops or bad or processors:
-            self._edits[row] = _Edits(bias, stops, bad, processors, token_ids[num_prompt:] if bad or processors else [])
+        output = token_ids[num_prompt:]
+        grammar = self.grammars.start(request, output) if params.structured_outputs else None
+        waits = bool(processors or grammar) or any(len(ids) > 1 for ids in bad)
+        if bias or stops or bad or waits:
+            self._edits[row] = _Edits(bias, stops, bad, processors, grammar, output, waits)
 
     def release(self, row: int) -> None:
         """The sequence in `row`, if there is one, is gone."""
@@ -128,10 +142,16 @@ class Sampler:
         self._past.pop(row, None)
 
     def append(self, row: int, token_id: int) -> None:
-        """`row` produced `token_id`. Only bad words and custom processors need it, before the next `plan`."""
+        """`row` produced `token_id`. Those that wait need it, before the next `plan`."""
         edits = self._edits.get(row)
-        if edits and (edits.bad or edits.processors):
+        if edits and edits.waits:
             edits.output.append(token_id)
+            if edits.grammar and not edits.grammar.accept(token_id):
+                self.failed.append(edits.grammar.request_id)
+
+    def waits(self, rows: Iterable[int]) -> bool:
+        """Whether a `plan` of these rows needs all that they produced before: bad words, processors and grammars do."""
+        return any((edits := self._edits.get(row)) and edits.waits for row in rows)
 
     def _draw_inputs(self, params: SamplingParams) -> tuple[tuple[int, int, int], float]:
         """top_k, top_p and cut; scale."""
@@ -170,7 +190,8 @@ class Sampler:
     def nbytes(self, num_rows: int) -> int:
         """At most this many bytes are staged by a `plan` of `num_rows` rows."""
         added = sum(len(e.bias) + len(e.stops) + len(e.bad) for e in self._edits.values())
-        return 80 * num_rows + 12 * (added + sum(len(index) for _, index, _ in self._past.values()))
+        grammars = sum(bool(e.grammar) for e in self._edits.values()) * (self.vocab_size // 8 + 80)
+        return grammars + 80 * num_rows + 12 * (added + sum(len(index) for _, index, _ in self._past.values()))
 
     def plan(self, rows: list[int], positions: list[int], staging: Staging) -> SamplingPlan:
         """Stage what `sample` needs on the device; the `upload` of `staging`, which is begun, must come before that.
@@ -200,11 +221,15 @@ class Sampler:
 
     def _plan_edits(self, plan: SamplingPlan, rows: list[int], early: NDArray[np.bool_], staging: Staging) -> None:
         added: list[tuple[int, float]] = []
+        grammars: dict[int, Any] = {}
         for i, row in enumerate(rows):
             if edits := self._edits.get(row):
                 added += [(i * self.vocab_size + token, value) for token, value in edits.added(bool(early[i]))]
                 if edits.processors:
                     plan.processors.append((i, edits))
+                if edits.grammar:
+                    grammars[i] = edits.grammar
+        plan.grammars = self.grammars.plan(grammars, staging) if grammars else None
         if added:
             index, values = zip(*added, strict=True)
             plan.added = staging.add(np.array(index, np.int64)), staging.add(np.array(values, np.float32))
@@ -241,7 +266,7 @@ class Sampler:
 
     def _edit(self, logits: Tensor, plan: SamplingPlan) -> Tensor:
         """Masks, bias, processors and penalties: fp32 [S, V], or `logits` itself where there are none."""
-        if not (plan.added or plan.processors or plan.history):
+        if not (plan.added or plan.processors or plan.history or plan.grammars):
             return logits
         x = logits.to(torch.float32, copy=True)
         if plan.added is not None:
@@ -254,4 +279,6 @@ class Sampler:
                 x[i] = changed
         if plan.history is not None:
             self._ops.penalise(x, self._history, plan.history[0].device, plan.history[1].device)
+        if plan.grammars is not None:
+            plan.grammars(x)
         return x

@@ -39,7 +39,6 @@ class _Sequence:
         token_ids: prompt and output known so far.
         max_len: prompt and output end here.
         stops: token ids that end it, with the stop reason that each gives.
-        needs_ids: its next token depends on ids that only the host knows, so none may be in flight.
         wanted_logits: leading prompt positions whose logits are wanted.
         table: its blocks.
         num_tokens: known and in flight.
@@ -53,7 +52,6 @@ class _Sequence:
     token_ids: list[int]
     max_len: int
     stops: dict[int, int | None]
-    needs_ids: bool
     wanted_logits: int
     table: BlockTable
     num_tokens: int
@@ -162,7 +160,6 @@ class Scheduler:
             token_ids=token_ids,
             max_len=max_len,
             stops=stops,
-            needs_ids=bool(params.logits_processors) or any(len(ids) > 1 for ids in request.bad_token_ids),
             wanted_logits=0 if params.prompt_logprobs is None else len(prompt) - 1,
             table=self._kv.open(token_ids, request.cache_salt),
             num_tokens=len(prompt),
@@ -200,13 +197,17 @@ class Scheduler:
         expected, sequences = self._in_flight.popleft()
         assert step is expected, "steps are updated in the order in which they were scheduled"
         outputs = []
-        for seq, token, logprobs, prompt_logprobs in zip(
-            sequences, result.token_ids, result.logprobs, result.prompt_logprobs, strict=True
+        pooleds = result.pooled or [None] * len(sequences)
+        for seq, token, logprobs, prompt_logprobs, pooled in zip(
+            sequences, result.token_ids, result.logprobs, result.prompt_logprobs, pooleds, strict=True
         ):
-            if seq.finished or (token is None and not prompt_logprobs):
+            if seq.finished or (token is None and not prompt_logprobs and pooled is None):
                 continue
             output = seq.output([] if token is None else [token])
-            output.prompt_logprobs = prompt_logprobs
+            output.prompt_logprobs, output.pooled = prompt_logprobs, pooled
+            if pooled is not None:
+                output.finish_reason = "stop"
+                self._finish(seq)
             if token is not None:
                 seq.token_ids.append(token)
                 output.logprobs = None if logprobs is None else [logprobs]
@@ -246,7 +247,7 @@ class Scheduler:
             limit = seq.num_tokens - 1 if seq.num_logits == seq.wanted_logits else seq.num_logits
             prefix = self._kv.match(seq.table, limit)
             num_tokens = self._num_computable(seq, prefix.num_tokens, plan.budget)
-            if not self._kv.admit(seq.table, prefix, prefix.num_tokens + num_tokens, num_running):
+            if not num_tokens or not self._kv.admit(seq.table, prefix, prefix.num_tokens + num_tokens, num_running):
                 return
             self._waiting.pop(0)
             insort(self._running, seq, key=_ORDER)
@@ -261,9 +262,11 @@ class Scheduler:
 
     def _num_computable(self, seq: _Sequence, start: int, budget: int) -> int:
         """Tokens from `start` on that the next step may compute."""
-        if seq.num_tokens == seq.max_len or (seq.needs_ids and seq.in_flight):
+        if seq.num_tokens == seq.max_len:
             return 0
         num_tokens = min(seq.num_tokens - start, budget)
+        if self._config.whole_prompts and start + num_tokens < seq.num_tokens:
+            return 0
         if seq.num_logits < seq.wanted_logits:
             if start < seq.num_logits:  # recomputed after a preemption: up to where the logits are still wanted
                 return min(num_tokens, seq.num_logits - start)
@@ -288,7 +291,8 @@ class Scheduler:
     def _end(self, seq: _Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         """Whether the newest token ends the sequence, and why."""
         num_output = len(seq.token_ids) - len(seq.request.prompt_token_ids)
-        if token in seq.stops and num_output > seq.request.params.min_tokens:
+        params = seq.request.params  # a form that is complete ends before `min_tokens`, too
+        if token in seq.stops and (num_output > params.min_tokens or params.structured_outputs):
             return "stop", seq.stops[token]
         return ("length" if len(seq.token_ids) == seq.max_len else None), None
 

@@ -73,13 +73,13 @@ class Staging:
         self._device = device
         self._copied = [device.event(), device.event()]
         self._turn = 0
-        self._used = 0
+        self._used = self._sent = 0
         self._buffers = _Buffers(device, -(-capacity // _ALIGN) * _ALIGN)
 
     def begin(self, nbytes: int) -> None:
         """Start a step that needs at most `nbytes`, alignment apart; waits only if the device is two steps behind."""
         self._turn ^= 1
-        self._used = 0
+        self._used = self._sent = 0
         needed = (-(-nbytes // _ALIGN) + 64) * _ALIGN
         if needed > self._buffers.target.numel():
             self._device.synchronize()
@@ -96,7 +96,8 @@ class Staging:
         return Staged(self._buffers, begin, host)
 
     def upload(self) -> None:
-        """Copy everything staged since `begin` to the device, without waiting."""
-        buffers, used = self._buffers, self._used
-        buffers.target[:used].copy_(buffers.hosts[self._turn][:used], non_blocking=True)
+        """Copy everything staged since the last `upload` or `begin` to the device, without waiting."""
+        buffers, new = self._buffers, slice(self._sent, self._used)
+        buffers.target[new].copy_(buffers.hosts[self._turn][new], non_blocking=True)
+        self._sent = self._used
         self._copied[self._turn].record()

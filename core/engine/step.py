@@ -57,3 +57,5 @@ class StepResult:
     token_ids: list[int | None]  # the sampled token, or None where the work did not sample
     logprobs: list[TokenLogprobs | None]  # of the sampled token, where asked for
     prompt_logprobs: list[list[TokenLogprobs] | None]  # entries for the work's wanted prompt positions
+    failed: list[str] = field(default_factory=list)  # ids of requests that cannot go on
+    pooled: list[bytes | None] = field(default_factory=list)  # what ended the work's sequence, of a runner that pools

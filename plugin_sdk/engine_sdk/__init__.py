@@ -51,7 +51,16 @@ from engine_sdk.device import HostEvent, TorchDevice
 from engine_sdk.experts import GroupedExperts, TorchExperts, combine
 from engine_sdk.graphs import TorchGraph, TorchGraphs
 from engine_sdk.hooks import hookimpl
-from engine_sdk.layout import BlockLayout, HeadMajor, PagedCache, PagedLayout, Tiled, TokenMajor
+from engine_sdk.layout import (
+    BlockLayout,
+    HeadMajor,
+    PagedCache,
+    PagedLayout,
+    Tiled,
+    TokenMajor,
+    as_bits,
+    to_cache,
+)
 from engine_sdk.memory import TorchMemory, host_memory
 from engine_sdk.ops import REFERENCE_OPS
 from engine_sdk.platform import TorchPlatform, require_attention
@@ -119,6 +128,7 @@ __all__ = [
     "UnsupportedCapability",
     "Verdict",
     "after_decodes",
+    "as_bits",
     "combine",
     "hookimpl",
     "host_memory",
@@ -126,4 +136,5 @@ __all__ = [
     "record",
     "replay",
     "require_attention",
+    "to_cache",
 ]

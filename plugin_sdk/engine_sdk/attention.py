@@ -33,7 +33,7 @@ from engine.interfaces import (
     Plan,
     Verdict,
 )
-from engine_sdk.layout import PagedLayout, TokenMajor
+from engine_sdk.layout import PagedLayout, TokenMajor, as_bits
 
 # Bytes of keys and values that a decode tile gathers: on a host they should stay in its caches.
 _HOST_TILE_BYTES = 1 << 20
@@ -125,15 +125,18 @@ class TorchAttention(AttentionBackend):
         self._make_layout = layout
         self._layouts: dict[int, PagedLayout] = {}
         self._declared = declared or Capabilities(attention=self.features)
-        self._needs_scores = spec.softcap is not None or spec.sinks or spec.alibi
+        self._by_distance = spec.alibi or spec.relative is not None
+        self._needs_scores = spec.softcap is not None or spec.sinks or self._by_distance
         self._keys = _Workspace()
         self._values = _Workspace()
 
     @classmethod
     def supports(cls, spec: AttentionSpec) -> Verdict:
-        """Everything, but a window or a chunk around queries that see the future, which the contract leaves open."""
-        if not spec.causal and (spec.window is not None or spec.chunk is not None):
-            return Verdict.no("a window or chunk without a causal mask is not defined; drop one of them")
+        """Everything that the contract defines."""
+        if not spec.causal and spec.chunk is not None:
+            return Verdict.no("a chunk without a causal mask is not defined; drop one of them")
+        if spec.relative is not None and (spec.causal or spec.alibi):
+            return Verdict.no("a bias by distance needs causal=False, and excludes ALiBi")
         return super().supports(spec)
 
     def layout(self, block_size: int) -> KVLayout:
@@ -186,11 +189,11 @@ class TorchAttention(AttentionBackend):
 
             ragged = full_begin > 0 or full_end < end - begin
             visible = distance = None
-            if ragged or spec.alibi:
+            if ragged or self._by_distance:
                 last = lengths[tile, None] - 1
                 keys = first_blocks[tile, None] * size + torch.arange(begin, end, device=device)
                 visible = (keys <= last) & (keys >= _low(spec, last)) if ragged else None
-                distance = keys - last if spec.alibi else None
+                distance = keys - last if self._by_distance else None
             yield _Decode(order[tile], blocks, begin, end, full_begin, full_end, visible, distance)
 
     def _plan_prefills(self, batch: AttentionBatch) -> Iterator[_Prefill]:
@@ -224,7 +227,8 @@ class TorchAttention(AttentionBackend):
                 triangular = begin == low == last_low
                 yield _Slice(begin, last + 1, low, last + 1, triangular, begin == last)
             else:
-                yield _Slice(begin, last + 1, 0, length, False, True)
+                high = length if spec.window is None else min(length, last + spec.window)
+                yield _Slice(begin, last + 1, low, high, False, last_low == 0 and high - begin <= (spec.window or high))
 
     # Computing: once a layer.
 
@@ -272,8 +276,8 @@ class TorchAttention(AttentionBackend):
         if visible is not None:
             for part in (slice(0, tile.full_begin), slice(tile.full_end, None)):
                 hidden = ~visible[:, part, None, None]
-                keys[:, part].masked_fill_(hidden, 0)
-                values[:, part].masked_fill_(hidden, 0)
+                as_bits(keys[:, part]).masked_fill_(hidden, 0)
+                as_bits(values[:, part]).masked_fill_(hidden, 0)
         queries = q.index_select(0, tile.rows).view(num, spec.num_kv_heads, -1, 1, spec.head_dim)
         attended, logsum = self._attend(
             queries,
@@ -313,11 +317,12 @@ class TorchAttention(AttentionBackend):
             seen = slice(part.low - origin, part.high - origin)
             visible = distance = None
             masked = not part.everything and (scored or not part.triangular)
-            if masked or spec.alibi:
+            if masked or self._by_distance:
                 at = torch.arange(part.begin, part.end, device=q.device)[:, None]
                 keys_at = torch.arange(part.low, part.high, device=q.device)
-                visible = ((keys_at <= at) & (keys_at >= _low(spec, at)))[None] if masked else None
-                distance = (keys_at - at)[None] if spec.alibi else None
+                upper = at if spec.causal else at + (spec.window or request.slices[-1].high) - 1
+                visible = ((keys_at <= upper) & (keys_at >= _low(spec, at)))[None] if masked else None
+                distance = (keys_at - at)[None] if self._by_distance else None
             attended, logsum = self._attend(
                 q[rows].view(-1, spec.num_kv_heads, group, spec.head_dim).permute(1, 2, 0, 3)[None],
                 keys[None, seen].transpose(1, 2),
@@ -378,7 +383,11 @@ class TorchAttention(AttentionBackend):
         if spec.softcap is not None:
             scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
         if extras.alibi_slopes is not None and distance is not None:
-            scores += extras.alibi_slopes.float().view(per_head) * distance[:, None, None]
+            if (r := spec.relative) is not None:
+                table = extras.alibi_slopes.float().view(spec.num_kv_heads, -1, 2 * r + 1)
+                scores += table[:, :, distance.clamp(-r, r) + r].permute(2, 0, 1, 3, 4)
+            else:
+                scores += extras.alibi_slopes.float().view(per_head) * distance[:, None, None]
         if visible is not None:
             scores.masked_fill_(~visible[:, None, None], -torch.inf)
         lse = scores.logsumexp(-1, keepdim=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ COLLECTIVES = frozenset(
     ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive", "barrier")
 )
 """Everything that a communicator may offer, as `Capabilities.collectives` names it."""
+
+_made: Counter[tuple[str, tuple[int, ...]]] = Counter()
+"""Groups that this process has made, by role and ranks."""
 
 # torch 2.13 gave two of the three their third's name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,10 +40,14 @@ class TorchCommunicator(Communicator):
         group: who takes part; only its members call.
         device: of the tensors.
         backend: torch.distributed's name of what carries them; None takes torch's default for the device.
+        capturable: the backend's calls may be recorded in a graph.
     """
 
-    def __init__(self, group: GroupSpec, device: torch.device, backend: str | None = None) -> None:
+    def __init__(
+        self, group: GroupSpec, device: torch.device, backend: str | None = None, *, capturable: bool = False
+    ) -> None:
         super().__init__(group)
+        self._capturable = capturable
         self._device = device
         self._open = True
         self._pg: Any = None
@@ -50,15 +58,13 @@ class TorchCommunicator(Communicator):
                 f"group {group.role} has {self.size} ranks, and torch.distributed is not initialised: "
                 "start the processes through an executor, or call torch.distributed.init_process_group first"
             )
-        ordered: Any = {} if list(group.ranks) == sorted(group.ranks) else {"sort_ranks": False}
         with self._running("creation"):
-            self._pg = dist.new_group(
-                list(group.ranks),
-                timeout=datetime.timedelta(seconds=group.timeout),
-                backend=backend or dist.get_default_backend_for_device(device),
-                use_local_synchronization=True,
-                **ordered,
-            )
+            self._pg = _make(group, backend or dist.get_default_backend_for_device(device))
+
+    @property
+    def capturable(self) -> bool:
+        """As the platform says."""
+        return self._capturable
 
     @contextmanager
     def _running(self, what: str) -> Iterator[None]:
@@ -204,6 +210,30 @@ class TorchCommunicator(Communicator):
         if self._open and self._pg is not None:
             dist.destroy_process_group(self._pg)
         self._open, self._pg = False, None
+
+
+def _make(group: GroupSpec, backend: str) -> Any:
+    """A process group that only its members make, in the order of `group.ranks`.
+
+    `torch.distributed.new_group` would name it by its ranks and by how many groups this process has: names that differ
+    between ranks that are members of different groups, and that a later group inherits from a closed one, with what is
+    in the store under it. Role, ranks, and how many of them were made before, are the same on all members, and new.
+    """
+    c10d: Any = dist.distributed_c10d
+    serial = _made[group.role, group.ranks]
+    _made[group.role, group.ranks] += 1
+    ranks = list(group.ranks)
+    pg, _ = c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(group.rank),
+        ranks,
+        dist.Backend(backend),
+        c10d._get_default_store(),
+        f"{group.role}/{'-'.join(map(str, ranks))}/{serial}",
+        timeout=datetime.timedelta(seconds=group.timeout),
+    )
+    c10d._world.pg_group_ranks[pg] = {rank: index for index, rank in enumerate(ranks)}
+    return pg
 
 
 def _encode(call: list[Any], width: int = 256) -> Tensor:

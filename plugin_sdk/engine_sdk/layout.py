@@ -21,6 +21,23 @@ from engine.errors import UnsupportedCapability
 from engine.interfaces import KVCache, KVLayout
 
 
+def to_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as a cache of `dtype` holds it: the nearest number; 8-bit floats saturate, and NaN stays NaN.
+
+    What torch itself makes of numbers that are too large differs by its version and by the format: the largest number,
+    infinity, or NaN.
+    """
+    if dtype.itemsize > 1 or x.dtype == dtype or not dtype.is_floating_point:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def as_bits(x: Tensor) -> Tensor:
+    """The same memory, with 8-bit floats as bytes, which torch can index, fill and copy on every device."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x
+
+
 class PagedLayout(KVLayout):
     """A layout that `TorchAttention` runs over. A layout of one's own needs `bind`, `write` and `gather`.
 
@@ -49,8 +66,8 @@ class PagedLayout(KVLayout):
         Args:
             cache: what `bind` returned.
             blocks, offsets: int64 [N], on the device.
-            keys, values: [N, K, D] and [N, K, E] of any floating dtype, which are converted; only their last dimension
-                must be dense.
+            keys, values: [N, K, D] and [N, K, E] of any floating dtype, which `to_cache` converts; only their last
+                dimension must be dense.
         """
 
     @abstractmethod
@@ -116,23 +133,23 @@ class BlockLayout(PagedLayout):
         """See `PagedLayout.write`."""
         for stored, tokens in ((cache.keys, keys), (cache.values, values)):
             split = tokens if stored.dim() == 4 else tokens.unflatten(2, stored.shape[3:])
-            stored.index_put_((blocks, offsets), split.to(stored.dtype))
+            as_bits(stored).index_put_((blocks, offsets), as_bits(to_cache(split, stored.dtype)))
 
     def gather(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """See `PagedLayout.gather`."""
         for stored, out in ((cache.keys, keys), (cache.values, values)):
             split = out if stored.dim() == 4 else out.unflatten(3, stored.shape[3:])
-            torch.index_select(stored, 0, blocks, out=split)
+            torch.index_select(as_bits(stored), 0, blocks, out=as_bits(split))
 
     def copy_blocks(self, cache: KVCache, src: Tensor, dst: Tensor) -> None:
         """See `KVLayout.copy_blocks`."""
-        for stored in (cache.keys, cache.values):
+        for stored in map(as_bits, (cache.keys, cache.values)):
             stored.index_copy_(0, dst, stored.index_select(0, src))
 
     def import_blocks(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
         """See `KVLayout.import_blocks`."""
         for stored, content in ((cache.keys, keys), (cache.values, values)):
-            stored.index_copy_(0, blocks, content.reshape(-1, *stored.shape[1:]))
+            as_bits(stored).index_copy_(0, blocks, as_bits(content).reshape(-1, *stored.shape[1:]))
 
 
 class TokenMajor(BlockLayout):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.interfaces import Device, MemoryInfo, MemoryManager
+
+_CACHES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+"""Memory of the host that caches hold, written or not."""
 
 
 class TorchMemory(MemoryManager):
@@ -28,12 +34,28 @@ class TorchMemory(MemoryManager):
         """
         self.release()
         info, held = self._device.memory_info(), self._held()
-        return max(0, int(min(fraction * info.total - held, fraction * info.free)))
+        promised = sum(map(len, _CACHES)) if self._host else 0
+        return max(0, int(min(fraction * info.total - held - promised, fraction * (info.free - promised))))
 
     def _held(self) -> int:
         if self._host:
             return _process_memory("RssAnon")
         return torch.accelerator.memory_allocated(self._device.torch_device)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """See `MemoryManager.allocate`.
+
+        A host gives its memory page by page as it is first written, so that a large cache costs nothing until it is
+        used; what is promised in this way counts as taken in `kv_budget`.
+        """
+        if not self._host:
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self._device.torch_device)
+        pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer entries of the address cache, where the system has them
+            with suppress(OSError):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        _CACHES.add(pages)
+        return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
     @contextmanager
     def peak(self) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -55,6 +56,9 @@ class TorchPlatform(Platform):
 
     _collectives_backend: ClassVar[str | None] = None
     """torch.distributed's name of what carries the collectives; None takes torch's default for the device."""
+
+    _collectives_capturable: ClassVar[bool] = False
+    """Whether that may be recorded in a graph; case `captured` of the suite tests it."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -121,7 +125,8 @@ class TorchPlatform(Platform):
         """A `TorchCommunicator`."""
         if not self.capabilities().collectives:
             raise UnsupportedCapability("collectives", group.role, f"{self.name} runs on one device")
-        return TorchCommunicator(group, self.device().torch_device, self._collectives_backend)
+        device, capturable = self.device().torch_device, self._collectives_capturable
+        return TorchCommunicator(group, device, self._collectives_backend, capturable=capturable)
 
     def graphs(self) -> GraphRuntime | None:
         """Torch's own, where this torch has them for the device."""
@@ -155,7 +160,7 @@ def require_attention(declared: Capabilities, spec: AttentionSpec) -> None:
         ("kv_dtypes", spec.kv_dtype, declared.kv_dtypes, "--kv-cache-dtype"),
     ):
         if dtype not in dtypes:
-            names = sorted(str(d).removeprefix("torch.") for d in dtypes)
+            names = sorted(map(_choice, dtypes))
             raise UnsupportedCapability(field, dtype, f"use {' or '.join(f'{option} {name}' for name in names)}")
     if spec.head_dim not in declared.head_dims:
         raise UnsupportedCapability("head_dims", spec.head_dim, f"declared: {declared.head_dims}")
@@ -169,3 +174,8 @@ def require_attention(declared: Capabilities, spec: AttentionSpec) -> None:
         raise UnsupportedCapability(feature, asked.get(feature, True), f"declared: {sorted(declared.attention)}")
     if spec.v_head_dim != spec.head_dim and spec.v_head_dim not in declared.v_head_dims:
         raise UnsupportedCapability("v_head_dims", spec.v_head_dim, f"declared: {declared.v_head_dims}")
+
+
+def _choice(dtype: torch.dtype) -> str:
+    """What the options call a dtype: ``"fp8_e4m3"`` and ``"fp8_e5m2"`` for 8-bit floats, of whichever flavour."""
+    return re.sub(r"^float8_(e\dm\d).*", r"fp8_\1", str(dtype).removeprefix("torch."))

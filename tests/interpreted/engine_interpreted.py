@@ -74,7 +74,7 @@ class Recorder(GraphRuntime):
 
 
 class InterpretedPlatform(TritonPlatform):
-    """Triton's kernels on the host."""
+    """Triton's kernels on the host. The interpreter knows no 8-bit floats without infinity and negative zero."""
 
     name = "interpreted"
     device_type = "cpu"
@@ -82,7 +82,9 @@ class InterpretedPlatform(TritonPlatform):
 
     def capabilities(self) -> Capabilities:
         declared = super().capabilities()
-        return replace(declared, kv_dtypes=declared.kv_dtypes | {torch.float8_e4m3fn})
+        return replace(
+            declared, kv_dtypes=declared.kv_dtypes | {dtype for dtype in TORCH.values() if dtype.itemsize == 1}
+        )
 
     def compiler(self) -> CompilerOptions | None:
         return None

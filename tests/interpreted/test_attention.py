@@ -57,6 +57,7 @@ def test_block_sizes(platform: InterpretedPlatform, block_size: int) -> None:
         {"chunk": 24},
         {"window": 9, "sinks": True},
         {"causal": False},
+        {"causal": False, "window": 21},
         {"alibi": True, "softcap": 5.0},
     ],
     ids=lambda f: "+".join(f) or "causal",

@@ -34,7 +34,8 @@ class AttentionSpec:
         softcap: c of ``c * tanh(scores / c)``, applied to the scaled scores before the mask.
         sinks: a learned logit per head joins the softmax's denominator (GPT-OSS).
         alibi: ``slope[h] * (j - i)`` is added to the scaled scores (Press et al., 2021).
-        causal: False lets a query see all of its request's tokens.
+        relative: r of a learned bias, ``table[h, r + clamp(j - i, -r, r)]``, added to the scaled scores if not causal.
+        causal: False lets a query see all of its request's tokens, or with a window those j with ``|i - j| < window``.
     """
 
     num_heads: int
@@ -50,6 +51,7 @@ class AttentionSpec:
     sinks: bool = False
     alibi: bool = False
     causal: bool = True
+    relative: int | None = None
 
     def features(self) -> frozenset[AttentionFeature]:
         """The optional features that this layer needs."""
@@ -61,6 +63,8 @@ class AttentionSpec:
             "alibi": self.alibi,
             "v_head_dim": self.v_head_dim != self.head_dim,
             "bidirectional": not self.causal,
+            "relative_bias": self.relative is not None,
+            "two_sided_window": self.window is not None and not self.causal,
         }
         return frozenset(name for name, on in wanted.items() if on)
 
@@ -175,6 +179,6 @@ class AttentionBackend(ABC):
             plan: what `plan` returned for this step.
             out: [N, H, E], written; its previous content is garbage.
             sinks: float [H], given exactly when the specification has `sinks`.
-            alibi_slopes: float32 [H], given exactly when the specification has `alibi`.
+            alibi_slopes: float32 [H], given exactly when the specification has `alibi`; for `relative` [H, 2r + 1].
             lse: float32 [N, H], written with the natural log of the softmax's denominator when given.
         """

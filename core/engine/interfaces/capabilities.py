@@ -73,8 +73,9 @@ class Domain:
 ANY = Domain()
 
 AttentionFeature = Literal[
-    "sliding_window", "chunked", "softcap", "sinks", "alibi", "v_head_dim", "lse", "bidirectional"
-]
+    "sliding_window", "chunked", "softcap", "sinks", "alibi", "v_head_dim", "lse",
+    "bidirectional", "two_sided_window", "relative_bias",
+]  # fmt: skip
 """What an attention layer may ask for beyond causal grouped-query attention."""
 
 ATTENTION_FEATURES: frozenset[AttentionFeature] = frozenset(get_args(AttentionFeature))
@@ -86,7 +87,7 @@ class Capabilities:
 
     Attributes:
         dtypes: dtypes of weights and activations.
-        kv_dtypes: dtypes that the KV cache may store.
+        kv_dtypes: dtypes that the KV cache may store. Keys and values are rounded to it; 8-bit floats saturate.
         head_dims: head sizes that attention takes, of queries and keys, and of values as large as these.
         v_head_dims: head sizes of other values, each with every one of `head_dims`, where `v_head_dim` is declared.
         block_sizes: tokens a KV block may hold.

@@ -14,7 +14,7 @@ class GroupSpec:
     """A group of ranks with a role.
 
     Attributes:
-        role: what the group is for: ``"tp"``, ``"pp"``, ``"ep"``, ``"dp"``, ``"cp"``.
+        role: what the group is for: ``"tp"``, ``"pp"``, ``"ep"``, ``"dp"``, ``"cp"``, ``"world"``.
         ranks: global ranks in group order.
         rank: this process's global rank; a member.
         timeout: seconds after which a collective that some rank did not enter ends in an error.

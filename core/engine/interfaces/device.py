@@ -70,6 +70,10 @@ class MemoryManager(ABC):
         """Bytes left for the KV cache when the process may take `fraction` of the device, weights being loaded."""
 
     @abstractmethod
+    def allocate(self, nbytes: int) -> Tensor:
+        """Zeroed memory for the KV cache: uint8 [nbytes]. Where there is not enough, torch's error or an OSError."""
+
+    @abstractmethod
     def peak(self) -> AbstractContextManager[list[int]]:
         """Measures: on exit the list holds the extra bytes that the block's work needed at its peak."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, OutOfMemoryError
-from engine.interfaces import AttentionBackend, Device, Domain, KVCache
+from engine.interfaces import AttentionBackend, Domain, KVCache, Platform
 from engine.kv.spec import ChunkedSpec, FullSpec, KVCacheSpec, KVGroup, SlidingWindowSpec
 
 _ALIGN = 256
@@ -75,7 +75,7 @@ def plan_pool(backends: Mapping[str, AttentionBackend], block_size: int, allowed
 
 def _cache_spec(backend: AttentionBackend, block_size: int) -> KVCacheSpec:
     spec = backend.spec
-    if spec.window is not None:
+    if spec.window is not None and spec.causal:
         return SlidingWindowSpec(block_size, spec.window)
     if spec.chunk is not None:
         return ChunkedSpec(block_size, spec.chunk)
@@ -102,8 +102,10 @@ def _slices(counts: list[int]) -> int:
 class KVPool:
     """The buffer, and every layer's cache in it."""
 
-    def __init__(self, plan: KVPlan, backends: Mapping[str, AttentionBackend], device: Device, num_pages: int) -> None:
-        self._buffer = _allocate(plan.page_bytes * num_pages, device)
+    def __init__(
+        self, plan: KVPlan, backends: Mapping[str, AttentionBackend], platform: Platform, num_pages: int
+    ) -> None:
+        self._buffer = _allocate(plan.page_bytes * num_pages, platform)
         span = num_pages * plan.block_bytes
         self.caches: dict[str, KVCache] = {
             name: backends[name].layout(group.spec.block_size).bind(self._buffer[i * span : (i + 1) * span], num_pages)
@@ -117,12 +119,12 @@ class KVPool:
         return self._buffer.numel()
 
 
-def _allocate(nbytes: int, device: Device) -> Tensor:
+def _allocate(nbytes: int, platform: Platform) -> Tensor:
     try:
-        return torch.zeros(nbytes, dtype=torch.uint8, device=device.torch_device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        free = device.memory_info().free
+        return platform.memory().allocate(nbytes)
+    except (torch.OutOfMemoryError, RuntimeError, OSError) as error:
+        free = platform.device().memory_info().free
         raise OutOfMemoryError(
             f"no room for a KV cache of {nbytes / 2**30:.2f} GiB: {free / 2**30:.2f} GiB are free on "
-            f"{device.torch_device}; lower gpu_memory_utilization or kv_cache_memory_bytes"
+            f"{platform.device().torch_device}; lower gpu_memory_utilization or kv_cache_memory_bytes"
         ) from error

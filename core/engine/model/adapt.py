@@ -23,10 +23,10 @@ from engine.errors import ConfigError, UnsupportedModelError
 from engine.interfaces import Platform
 from engine.model import attention, experts, probe
 from engine.model.attention import AttentionLayer, StepContext
-from engine.model.config import max_model_len, read_config, resolve_dtype
-from engine.model.linear import fuse
-from engine.model.load import allocate, fill_dummy
+from engine.model.config import max_model_len, read_config, resolve_dtype, resolve_kv_dtype
+from engine.model.load import allocate
 from engine.model.probe import Observations
+from engine.model.share import Share
 from engine.plugins import get_hooks
 
 _STATES = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
@@ -75,41 +75,49 @@ class AdaptedModel:
         self.attention_layers = attention.attach(self.model, seen, platform, kv_dtype, self.context)
 
 
-def load_model(args: EngineArgs, platform: Platform, *, progress: bool = False) -> AdaptedModel:
-    """Build the model that `args` name, with its weights on the platform's device.
+def load_model(
+    args: EngineArgs, platform: Platform, share: Share | None = None, *, begin: Any = None, progress: bool = False
+) -> AdaptedModel:
+    """Build the model that `args` name, or a rank's `share` of it, with its weights on the platform's device.
+
+    ``begin(config, dtype, args)`` is how it begins, without weights, where it does not generate.
 
     Raises `CheckpointError` for files that are missing or wrong, `UnsupportedModelError` for an architecture that needs
     what is not built yet, `UnsupportedCapability` for one that needs what the platform lacks.
     """
     config = read_config(args)
     dtype = resolve_dtype(args.dtype, config)
-    kv_dtype = dtype if args.kv_cache_dtype == "auto" else resolve_dtype(args.kv_cache_dtype, config)
+    kv_dtype = resolve_kv_dtype(args.kv_cache_dtype, dtype, platform.capabilities().kv_dtypes)
     device = platform.device()
     linear = platform.linear(None)
 
-    model = build(config, dtype, trust_remote_code=args.trust_remote_code)
-    plan = _open(model, args) if args.load_format != "dummy" else None
-    adapted = AdaptedModel(model)
+    trust = args.trust_remote_code
+    adapted = begin(config, dtype, args) if begin else AdaptedModel(build(config, dtype, trust_remote_code=trust))
+    model = adapted.model
     if adapter := get_hooks().engine_models().get(type(model).__name__):
         reserved = adapter(model, adapted.context)
         if adapted.max_model_len is not None:
             adapted.max_model_len -= reserved or 0
+    if share is not None:
+        share.cut(adapted)
+    plan = _open(model, args)
     use(model, probe.IMPLEMENTATION)
     seen: Observations | None = None
     with suppress(UnsupportedModelError):  # where the model's code looks at data, the weights must come first
         seen = probe.observe(model, adapted.run, torch.device("meta"))
     if seen is not None:
         adapted.attach(seen, platform, kv_dtype)
-    projections = fuse(model, seen or Observations(), all_linears=linear is not None)
+    parts: list[Any] = []
+    for swap in get_hooks().engine_swaps().values():
+        parts += swap(model, seen or Observations(), linear is not None)
 
-    allocate(model, projections, device.torch_device)
-    if plan is not None:
-        plan.fill(device, progress=progress)
-    else:
-        fill_dummy(model, args.seed)
+    allocate(model, parts, device.torch_device)
+    plan.fill(device, progress=progress)
+    if share is not None:
+        share.loaded(adapted)
     if linear is not None:
-        for projection in projections:
-            projection.pack(linear)
+        for part in parts:
+            part.pack(linear)
 
     if seen is None:
         seen = probe.observe(model, adapted.run, device.torch_device)
@@ -124,11 +132,13 @@ def _open(model: PreTrainedModel, args: EngineArgs) -> Any:
     """A plan of what is read where, by the plugin that knows the load format."""
     formats = get_hooks().engine_load_formats()
     if args.load_format not in formats:
-        raise ConfigError(f"no load_format {args.load_format!r}; there are: dummy, {', '.join(sorted(formats))}")
-    return formats[args.load_format](model, args.folder)
+        raise ConfigError(f"no load_format {args.load_format!r}; there are: {', '.join(sorted(formats))}")
+    return formats[args.load_format](model, args)
 
 
-def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build(
+    config: PreTrainedConfig, dtype: torch.dtype, auto: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model without weights: parameters on `meta`, in their final dtypes; buffers too.
 
     Raises `UnsupportedModelError` where it is no causal language model, or keeps more than keys and values.
@@ -136,7 +146,6 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     with torch.device("meta"), init.meta_device_safe_creation_ops():
         try:
-            auto: Any = AutoModelForCausalLM
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code, **options)
         except ValueError as error:
             # The text part of a larger model, saved by itself, is known by its class only.

@@ -26,7 +26,7 @@ from engine.model.probe import NUM_TOKENS, AttentionCall, Observations, Visibili
 IMPLEMENTATION = "engine"
 """The name under which Transformers finds `engine_attention`. No mask is built for it."""
 
-NEUTRAL_KWARGS = frozenset({"dropout", "position_ids", "use_cache", "logits_to_keep"})
+NEUTRAL_KWARGS = frozenset({"dropout", "deterministic", "position_ids", "use_cache", "logits_to_keep"})
 NEUTRAL_KWARGS |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
 """What modelling code hands to every attention function and what changes nothing about the result."""
 
@@ -203,8 +203,9 @@ def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> A
         visibility = seen.visibility(call.mask)
     if visibility is None:
         raise UnsupportedModelError("has a mask or bias that is none of causal, sliding window and chunked")
-    if not visibility.causal:
-        raise UnsupportedModelError("attends to later tokens, which generation cannot")
+    if not visibility.causal and not seen.ahead:
+        raise UnsupportedModelError("attends to later tokens, which generation cannot; see the option runner")
+    slopes: Tensor | None = call.kwargs.get("alibi_slopes")
     return AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -217,5 +218,7 @@ def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> A
         chunk=visibility.chunk,
         softcap=call.kwargs.get("softcap"),
         sinks="s_aux" in call.kwargs,
-        alibi="alibi_slopes" in call.kwargs,
+        alibi=slopes is not None and slopes.dim() == 1,
+        relative=slopes.shape[1] // 2 if slopes is not None and slopes.dim() == 2 else None,
+        causal=visibility.causal,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from engine.config import EngineArgs
-from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
+from engine.errors import CheckpointError, ConfigError, UnsupportedCapability, UnsupportedModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,13 +55,20 @@ def resolve_dtype(requested: str, config: PreTrainedConfig) -> torch.dtype:
     return DTYPES[wanted]
 
 
+def resolve_kv_dtype(requested: str, dtype: torch.dtype, declared: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of the KV cache; of 8-bit floats the first by name, of those asked for, that the platform declares."""
+    if not requested.startswith("fp8"):
+        return DTYPES.get(requested, dtype)
+    begin = requested.replace("fp8", "torch.float8")
+    if found := sorted((known for known in declared if str(known).startswith(begin)), key=str):
+        return found[0]
+    raise UnsupportedCapability("kv_dtypes", requested, "the platform has no KV cache of this kind; use auto")
+
+
 def max_model_len(config: PreTrainedConfig) -> int | None:
     """Most tokens of a sequence that the model was made for; None where the configuration sets no limit."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(limit := getattr(text, name, None), int) and limit > 0:
-            return limit
-    return None
+    text, names = config.get_text_config(), ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((x for name in names if isinstance(x := getattr(text, name, None), int) and x > 0), None)
 
 
 def eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
@@ -91,8 +98,5 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in top.items():
-        below = merged.get(name)
-        merged[name] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+    both = [name for name in top if isinstance(base.get(name), dict) and isinstance(top[name], dict)]
+    return {**base, **top, **{name: _merge(base[name], top[name]) for name in both}}

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.model.linear import Projection, frozen
 
-_NOISE = (1 << 20) + 7  # odd, so that the rows of a matrix do not repeat
+@dataclass(frozen=True)
+class Cut:
+    """What a parameter, whose attribute ``cut`` this is, keeps of a tensor `shape`: along `dim`, `spans` in order.
+
+    What lies beyond the tensor's size is padding. A load format reads nothing else of it.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    spans: tuple[tuple[int, int], ...]
 
 
-def allocate(model: PreTrainedModel, projections: Iterable[Projection], device: torch.device) -> None:
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is not trained, of `tensor`."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def allocate(model: PreTrainedModel, parts: Iterable[Any], device: torch.device) -> None:
     """Give the parameters of `model`, all on `meta`, storage on `device`, and its buffers their values.
 
-    Parameters are not initialised. Those that are tied stay so; members of a projection view its storage.
+    Parameters are not initialised. Those that are tied stay so; `parts` allocate what is theirs (`engine_swaps`).
     """
     _compute_buffers(model, device)
-    for projection in projections:
-        projection.allocate(device)
+    for part in parts:
+        part.allocate(device)
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -40,20 +55,3 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     model.initialize_weights()
     for module, name, _ in buffers:
         module.register_buffer(name, module.get_buffer(name).to(device), name not in module._non_persistent_buffers_set)
-
-
-def fill_dummy(model: PreTrainedModel, seed: int) -> None:
-    """Random weights that keep activations finite: for the same seed the same on every device."""
-    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
-            continue
-        scaled = (noise * parameter.shape[-1] ** -0.5).to(parameter.device, parameter.dtype)
-        for _, piece in pieces(parameter.data.view(-1), _NOISE):
-            piece.copy_(scaled[: piece.numel()])
-
-
-def pieces(flat: Tensor, step: int) -> Iterable[tuple[int, Tensor]]:
-    """Parts of at most `step` elements, each with the index where it begins."""
-    return ((begin, flat[begin : begin + step]) for begin in range(0, flat.numel(), step))

@@ -43,7 +43,7 @@ class Visibility:
         """Whether `key` positions are seen by `query` positions (int64, broadcast)."""
         seen = key <= query if self.causal else torch.ones_like(key <= query)
         if self.window is not None:
-            seen = seen & (key > query - self.window)
+            seen = seen & (key > query - self.window) & (key < query + self.window)
         if self.chunk is not None:
             seen = seen & (key // self.chunk == query // self.chunk)
         return seen
@@ -69,6 +69,7 @@ class Observations:
     linears: dict[nn.Module, list[tuple[Tensor, int]]] = field(default_factory=dict)  # inputs in order, their versions
     experts: dict[nn.Module, int] = field(default_factory=dict)  # how many a token goes to
     vocab_size: int = 0  # V of the logits [1, N, V]
+    ahead: bool = False  # tokens may attend to later ones
     masks: list[tuple[Tensor, MaskFunction, int | None]] = field(default_factory=list)
 
     def visibility(self, mask: Tensor) -> Visibility | None:
@@ -169,7 +170,7 @@ def recognise(function: MaskFunction, local_size: int | None) -> Visibility | No
         return None
     choices = [Visibility(), Visibility(causal=False)]
     if local_size is not None:
-        choices += [Visibility(window=local_size), Visibility(chunk=local_size)]
+        choices += [Visibility(local_size), Visibility(chunk=local_size), Visibility(local_size + 1, causal=False)]
     return next((choice for choice in choices if torch.equal(choice(query, key), seen)), None)
 
 

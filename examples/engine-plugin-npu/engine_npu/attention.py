@@ -44,7 +44,7 @@ class NpuAttention(TorchAttention):
     device. So a captured step stays right when the contents of these tensors change, and `refresh` has nothing to do.
     """
 
-    features = ATTENTION_FEATURES - {"alibi", "v_head_dim"}
+    features = ATTENTION_FEATURES - {"alibi", "v_head_dim", "two_sided_window", "relative_bias"}
 
     def __init__(self, spec: AttentionSpec, declared: Capabilities) -> None:
         super().__init__(spec, layout=functools.partial(Tiled, lanes=LANES), declared=declared)

@@ -8,7 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine_sdk import ConfigPatch, Probe, TorchPlatform
+import torch
+
+from engine_cpu import linear, native, threads
+from engine_cpu.attention import CpuAttention
+from engine_cpu.operations import Operations
+from engine_sdk import (
+    AttentionBackend,
+    AttentionSpec,
+    Capabilities,
+    ConfigPatch,
+    LinearMethod,
+    OpSet,
+    Probe,
+    QuantScheme,
+    TorchPlatform,
+    require_attention,
+)
+
+_FLOATS8 = frozenset((torch.float8_e4m3fn, torch.float8_e5m2))
 
 
 class CpuPlatform(TorchPlatform):
@@ -18,11 +36,41 @@ class CpuPlatform(TorchPlatform):
     device_type = "cpu"
     contract = "1.0"
 
+    def __init__(self, device_index: int = 0) -> None:
+        super().__init__(device_index)
+        threads.choose()
+
     @classmethod
     def probe(cls) -> Probe:
         """Always available, and never before an accelerator."""
         found = super().probe()
         return dataclasses.replace(found, devices=tuple(dataclasses.replace(d, name=_name()) for d in found.devices))
+
+    def capabilities(self) -> Capabilities:
+        """Everything, and caches of 8-bit floats, which torch converts on a host."""
+        declared = super().capabilities()
+        return dataclasses.replace(declared, kv_dtypes=declared.kv_dtypes | _FLOATS8)
+
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        """A `CpuAttention`; a `TorchAttention` for caches of 8 bits, and where it cannot be built, with a warning."""
+        declared = self.capabilities()
+        require_attention(declared, spec)
+        if not CpuAttention.supports(spec) or (kernels := native.library()) is None:
+            return super().attention(spec)
+        return CpuAttention(spec, kernels, declared)
+
+    def ops(self) -> OpSet:
+        """Norm and gated activation in one pass over memory, where kernels are built."""
+        if (kernels := native.library()) is None:
+            return super().ops()
+        mine = Operations(kernels)
+        return dataclasses.replace(
+            super().ops(), rms_norm=mine.rms_norm, add_rms_norm=mine.add_rms_norm, silu_and_mul=mine.silu_and_mul
+        )
+
+    def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
+        """A `PackedLinear` for ordinary weights, where this torch has oneDNN."""
+        return linear.PackedLinear() if scheme is None and linear.available() else super().linear(scheme)
 
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
         """Sizes for a host.

@@ -42,9 +42,6 @@ from engine_sdk.triton.tuning import (
 HEAD_DIMS = Domain.multiples(8, high=576)
 """Head sizes that the kernel takes."""
 
-KV_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn))
-"""Dtypes of the cache that the kernel takes, where the device has them."""
-
 _MOST_SPLITS = 128
 _MERGED = 8192  # elements that a program merges at once
 
@@ -87,7 +84,7 @@ class TritonAttention(AttentionBackend):
         tuning: how they are cut; None looks it up for the device.
     """
 
-    features = ATTENTION_FEATURES
+    features = ATTENTION_FEATURES - {"relative_bias"}
 
     def __init__(
         self,
@@ -107,9 +104,9 @@ class TritonAttention(AttentionBackend):
 
     @classmethod
     def supports(cls, spec: AttentionSpec) -> Verdict:
-        """Everything, but a window or a chunk around queries that see the future, which the contract leaves open."""
-        if not spec.causal and (spec.window is not None or spec.chunk is not None):
-            return Verdict.no("a window or chunk without a causal mask is not defined; drop one of them")
+        """Everything, but a chunk around queries that see the future, which the contract leaves open."""
+        if not spec.causal and spec.chunk is not None:
+            return Verdict.no("a chunk without a causal mask is not defined; drop one of them")
         return super().supports(spec)
 
     def layout(self, block_size: int) -> KVLayout:

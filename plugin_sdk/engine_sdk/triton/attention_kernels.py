@@ -143,6 +143,8 @@ def _attend_keys(
                 seen &= at[None, :] <= positions[:, None]
             if WINDOW is not None:
                 seen &= at[None, :] > positions[:, None] - WINDOW
+                if not CAUSAL:
+                    seen &= at[None, :] < positions[:, None] + WINDOW
             if CHUNK is not None:
                 seen &= at[None, :] >= (positions // CHUNK * CHUNK)[:, None]
             scores = tl.where(seen, scores, float("-inf"))
@@ -367,6 +369,9 @@ def attend(
     else:
         high = length
         high_first = length
+        if WINDOW is not None:
+            high = tl.minimum(high, context + last + WINDOW)
+            high_first = tl.minimum(high_first, context + first + WINDOW)
 
     active = 1
     begin = low

@@ -18,6 +18,17 @@ _CHUNK = 8192  # elements of a block that one program copies
 
 
 @triton.jit
+def _saturate(x, LARGEST: tl.constexpr):
+    """Numbers beyond LARGEST, the cache's, become it; with None any number is left as it is. NaN stays NaN.
+
+    What a conversion to 8 bits makes of them differs: some devices saturate, others and those in software give NaN.
+    """
+    if LARGEST is not None:
+        x = tl.clamp(x.to(tl.float32), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
 def _write(
     k,
     v,
@@ -41,6 +52,7 @@ def _write(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Write one token; grid (N,). HEADS, D and E are padded to powers of two."""
     token = tl.program_id(0).to(tl.int64)
@@ -55,12 +67,12 @@ def _write(
     value = tl.load(v + token * v_token + heads * v_head + e, mask=inside_e)
     to_key = keys + block * keys_block + offset * keys_token + heads * keys_head + d
     to_value = values + block * values_block + offset * values_token + heads * values_head + e
-    tl.store(to_key, key.to(keys.dtype.element_ty), mask=inside_d)
-    tl.store(to_value, value.to(values.dtype.element_ty), mask=inside_e)
+    tl.store(to_key, _saturate(key, LARGEST).to(keys.dtype.element_ty), mask=inside_d)
+    tl.store(to_value, _saturate(value, LARGEST).to(values.dtype.element_ty), mask=inside_e)
 
 
 def write_tokens(k: Tensor, v: Tensor, cache: PagedCache, slots: Tensor) -> None:
-    """Write keys [N, K, D] and values [N, K, E] where `slots` (int64 [N]) say; converts to the cache's dtype.
+    """Write keys [N, K, D] and values [N, K, E] where `slots` (int64 [N]) say, converted as `to_cache` does.
 
     Only the last dimensions must be dense.
     """
@@ -84,6 +96,7 @@ def write_tokens(k: Tensor, v: Tensor, cache: PagedCache, slots: Tensor) -> None
             HEADS=triton.next_power_of_2(num_heads),
             D=triton.next_power_of_2(head_dim),
             E=triton.next_power_of_2(v_head_dim),
+            LARGEST=torch.finfo(cache.keys.dtype).max if cache.keys.itemsize == 1 else None,
         )
 
 
@@ -97,23 +110,8 @@ def _copy(blocks, src, dst, pitch, size, CHUNK: tl.constexpr):
     tl.store(blocks + tl.load(dst + pair) * pitch + at, content, mask=inside)
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.itemsize == 1 else x
-
-
 class _OnePiece(BlockLayout):
-    """A layout of `engine_sdk.layout` whose blocks, keys then values in one piece, are copied by one kernel.
-
-    Torch indexes no tensors of 8-bit floats on some devices, so those go in and out as bytes.
-    """
-
-    def gather(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
-        """See `PagedLayout.gather`."""
-        super().gather(PagedCache(_bits(cache.keys), _bits(cache.values)), blocks, _bits(keys), _bits(values))
-
-    def import_blocks(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
-        """See `KVLayout.import_blocks`."""
-        super().import_blocks(PagedCache(_bits(cache.keys), _bits(cache.values)), blocks, _bits(keys), _bits(values))
+    """A layout of `engine_sdk.layout` whose blocks, keys then values in one piece, are copied by one kernel."""
 
     def copy_blocks(self, cache: KVCache, src: Tensor, dst: Tensor) -> None:
         """See `KVLayout.copy_blocks`."""

@@ -42,11 +42,13 @@ class TritonPlatform(TorchPlatform):
         return declared if self.graphs() is None else dataclasses.replace(declared, graphs="full")
 
     def attention(self, spec: AttentionSpec) -> AttentionBackend:
-        """A `TritonAttention`."""
+        """A `TritonAttention`, or the defaults' for what its kernels lack."""
         from engine_sdk.triton.attention import TritonAttention
 
         declared = self.capabilities()
         require_attention(declared, spec)
+        if not TritonAttention.supports(spec):  # a bias by distance, in layers whose steps are never captured
+            return super().attention(spec)
         return TritonAttention(spec, declared=declared)
 
     def ops(self) -> OpSet:

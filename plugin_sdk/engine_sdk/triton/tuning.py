@@ -92,7 +92,7 @@ def attention_tuning(
             found: dict[str, Any] = {name: value for name, value in row.items() if name not in where}
             found |= {name: Tile(*found[name]) for name in ("prefill", "bulk") if name in found}
             if "decode" in found:  # a larger group needs more rows than the one that was measured
-                found["decode"] = replace(Tile(*found["decode"]), block_m=default.decode.block_m)
+                found["decode"] = replace(Tile(*found["decode"]), block_m=_decode_rows(group, itemsize))
             return replace(default, **found)
     return default
 
@@ -103,12 +103,17 @@ def _table() -> list[dict[str, Any]]:
     return rows
 
 
+def _decode_rows(group: int, itemsize: int) -> int:
+    return min(max(16, int(triton.next_power_of_2(group))), 16 if itemsize > 2 else 64)
+
+
 def _default(
     device: DeviceProperties, group: int, head_dim: int, v_head_dim: int, itemsize: int, kv_itemsize: int
 ) -> AttentionTuning:
     width = triton.next_power_of_2(head_dim) + triton.next_power_of_2(v_head_dim)
     wide = itemsize > 2 or width > 512
-    heads = min(max(16, triton.next_power_of_2(group)), 16 if itemsize > 2 else 64)
+    # A row's sums lie in registers: of values as long as latent attention's, those of more rows would be spilled.
+    heads = min(_decode_rows(group, itemsize), 32 if width > 1024 else 64)
 
     def fit(block_m: int, block_n: int, num_warps: int, depth: int) -> Tile:
         # Queries lie in shared memory, and the keys and values of each iteration in flight. Their addresses come from

@@ -6,7 +6,6 @@ Registered in the entry-point group ``engine.plugins``; nothing of Transformers 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from engine.hooks import hookimpl
@@ -14,11 +13,17 @@ from engine.hooks import hookimpl
 
 @hookimpl
 def engine_load_formats() -> Mapping[str, Callable[..., Any]]:
-    """One format, the default."""
-    return {"auto": _open}
+    """The default, and weights that need no files."""
+    return {"auto": _open, "dummy": _dummy}
 
 
-def _open(model: Any, folder: Path) -> object:
+def _open(model: Any, args: Any) -> object:
     from engine.extensions.checkpoints.plan import LoadPlan
 
-    return LoadPlan(model, folder)
+    return LoadPlan(model, args.folder)
+
+
+def _dummy(model: Any, args: Any) -> object:
+    from engine.extensions.checkpoints.dummy import DummyPlan
+
+    return DummyPlan(model, args.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,13 @@ class Entry:
                     view = view[count:]
         except OSError as error:
             raise CheckpointError(f"{self.file}, tensor {self.name!r}: {error}; check the disk") from error
+
+    def mapped(self) -> Tensor:
+        """The tensor where it lies in the file: only what is used is read. Changes do not reach the file."""
+        with open(self.file, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = math.prod(self.shape)
+        return torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin).view(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -112,3 +120,8 @@ def _read_header(file: Path) -> Iterator[Entry]:
         if end > size:
             raise CheckpointError(f"{file} is truncated: tensor {name!r} ends at byte {end} of {size}; {damaged}")
         yield Entry(file, name, dtype, shape, begin, end)
+
+
+def pieces(flat: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts of at most `step` elements, each with the index where it begins."""
+    return ((begin, flat[begin : begin + step]) for begin in range(0, flat.numel(), step))

@@ -8,7 +8,7 @@ through a small staging buffer otherwise.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -24,17 +24,30 @@ from transformers import core_model_loading as hf
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from engine.errors import CheckpointError
-from engine.extensions.checkpoints.files import Entry, read_index
+from engine.extensions.checkpoints.files import Entry, pieces, read_index
 from engine.interfaces import Device
-from engine.model.linear import frozen
-from engine.model.load import pieces
+from engine.model.load import Cut, frozen
 
 _STAGING_BYTES = 16 << 20
 _THREADS = 4
 _OTHER_MODEL = "config.json and the weights are not of the same model"
 
-Job = tuple[Entry, Tensor]
-"""An entry, and the tensor that takes it, which is contiguous."""
+
+@dataclass(frozen=True)
+class _Job:
+    """Fill `target` with an entry: with all of it, if `target` is contiguous, or with ``[begin, end)`` along `dim`."""
+
+    entry: Entry
+    target: Tensor
+    dim: int | None = None
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        share = 1 if self.dim is None else (self.end - self.begin) / self.entry.shape[self.dim]
+        return int(self.entry.nbytes * share)
 
 
 @dataclass
@@ -57,7 +70,7 @@ class _Merge:
             raise CheckpointError(f"{what}; {_OTHER_MODEL}") from error
         return {target: t[0] if isinstance(t, list) else t for target, t in made.items()}
 
-    def slices(self, target: Tensor) -> list[Job] | None:
+    def slices(self, target: Tensor, cut: Cut | None) -> list[_Job] | None:
         """Where each entry goes within `target`, if they are only stacked, and stacks joined; None otherwise."""
         stacked = [(hf.MergeModulelist, 0)], [(hf.MergeModulelist, 0), (hf.Concatenate, 1)]
         if [(type(op), getattr(op, "dim", None)) for op in self.converter.operations] not in stacked:
@@ -65,9 +78,35 @@ class _Merge:
         jobs, begin = [], 0
         for entries in (self.sources[p] for p in self.converter.source_patterns if p in self.sources):
             rows = entries[0].shape[0]
-            jobs += [(entry, target[i].narrow(0, begin, rows)) for i, entry in enumerate(entries)]
+            if cut is None:
+                jobs += [_Job(entry, target[i].narrow(0, begin, rows)) for i, entry in enumerate(entries)]
+            elif cut.dim == 0:
+                kept = [index for span in cut.spans for index in range(*span)]
+                jobs += [_Job(entries[i], target[at].narrow(0, begin, rows)) for at, i in enumerate(kept)]
+            else:
+                at, offset = cut.dim - 1, begin if cut.dim == 1 else 0
+                for i, entry in enumerate(entries):
+                    part = target[i] if cut.dim == 1 else target[i].narrow(0, begin, rows)
+                    jobs += _overlaps(entry, part, at, offset, cut.spans)
             begin += rows
         return jobs
+
+
+def _overlaps(entry: Entry, target: Tensor, dim: int, offset: int, spans: Iterable[tuple[int, int]]) -> list[_Job]:
+    """What of an entry, which begins at `offset` of the whole along `dim`, goes where in the `spans` of a target."""
+    jobs, at = [], 0
+    for begin, end in spans:
+        first, last = max(begin, offset), min(end, offset + entry.shape[dim])
+        if first < last:
+            part = target.narrow(dim, at + first - begin, last - first)
+            jobs.append(_Job(entry, part, dim, first - offset, last - offset))
+        at += end - begin
+    return jobs
+
+
+def _keep(cut: Cut, tensor: Tensor) -> Tensor:
+    """What a cut parameter keeps of a whole tensor, which has no padding."""
+    return torch.cat([tensor.narrow(cut.dim, begin, end - begin) for begin, end in cut.spans], cut.dim)
 
 
 class LoadPlan:
@@ -83,12 +122,13 @@ class LoadPlan:
         self._direct: dict[str, Entry] = {}
         self._merges: dict[str, _Merge] = {}
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self._cuts: dict[str, Cut] = {n: t.cut for n, t in targets.items() if hasattr(t, "cut")}
         unexpected = self._assign(entries, targets)
         found: dict[str, Entry | Tensor] = dict(self._direct)
         for name, merge in self._merges.items():
             found |= merge.make(model, name, lambda entry: torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
         for name, tensor in found.items():
-            _check(tensor, targets, name)
+            _check(tensor, targets, name, self._cuts.get(name))
         _check_complete(model, targets, set(found), unexpected)
         self._settle_ties(targets)
 
@@ -130,28 +170,34 @@ class LoadPlan:
         Needs, beyond the weights, the staging buffers and the sources of one merged tensor at a time.
         """
         targets: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        jobs = [(entry, targets[name]) for name, entry in self._direct.items()]
+        jobs = []
+        for name, entry in self._direct.items():
+            cut = self._cuts.get(name)
+            jobs += (
+                [_Job(entry, targets[name])] if cut is None else _overlaps(entry, targets[name], cut.dim, 0, cut.spans)
+            )
         merges = {}
         for name, merge in self._merges.items():
-            if (stacked := merge.slices(targets[name])) is not None:
+            if (stacked := merge.slices(targets[name], self._cuts.get(name))) is not None:
                 jobs += stacked
             else:
                 merges[name] = merge
         nbytes = {name: sum(e.nbytes for es in merge.sources.values() for e in es) for name, merge in merges.items()}
-        total = sum(entry.nbytes for entry, _ in jobs) + sum(nbytes.values())
+        total = sum(job.nbytes for job in jobs) + sum(nbytes.values())
         disable = None if progress else True  # None: quiet unless standard error is a terminal
         bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable)
         staging = _Staging(device)
 
-        def read(job: Job) -> None:
-            staging.read(*job)
-            bar.update(job[0].nbytes)
+        def read(job: _Job) -> None:
+            staging.read(job)
+            bar.update(job.nbytes)
 
         with bar, torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(read, sorted(jobs, key=lambda job: (str(job[0].file), job[0].begin))))
+            list(pool.map(read, sorted(jobs, key=lambda job: (str(job.entry.file), job.entry.begin))))
             for name, merge in merges.items():
                 for target, tensor in merge.make(self._model, name, Entry.load).items():
-                    targets[target].copy_(tensor)
+                    cut = self._cuts.get(target)
+                    targets[target].copy_(tensor if cut is None else _keep(cut, tensor))
                 bar.update(nbytes[name])
         device.synchronize()
 
@@ -165,8 +211,12 @@ class _Staging(threading.local):
         self._host = device.host_buffer((1,), torch.uint8).device
         self._buffer: Tensor | None = None
 
-    def read(self, entry: Entry, target: Tensor) -> None:
-        """Fill `target`, which is contiguous, in its own dtype."""
+    def read(self, job: _Job) -> None:
+        """Fill the target, in its own dtype."""
+        entry, target = job.entry, job.target
+        if job.dim is not None:
+            target.copy_(entry.mapped().narrow(job.dim, job.begin, job.end - job.begin))
+            return
         if target.device == self._host and target.dtype == entry.dtype:
             entry.read(target)
             return
@@ -178,12 +228,12 @@ class _Staging(threading.local):
             piece.copy_(host)
 
 
-def _check(found: Entry | Tensor, targets: Mapping[str, Tensor], name: str) -> None:
+def _check(found: Entry | Tensor, targets: Mapping[str, Tensor], name: str, cut: Cut | None) -> None:
     """Raise `CheckpointError` unless `found` can be stored as `name`."""
     what = f"{found.file}: {name!r}" if isinstance(found, Entry) else f"{name!r}, made of several tensors,"
     if name not in targets:
         raise CheckpointError(f"{what} has no place in the model; {_OTHER_MODEL}")
-    shape, dtype = list(targets[name].shape), targets[name].dtype
+    shape, dtype = list(targets[name].shape if cut is None else cut.shape), targets[name].dtype
     if list(found.shape) != shape:
         raise CheckpointError(f"{what} has shape {list(found.shape)}, and the model needs {shape}; {_OTHER_MODEL}")
     if found.dtype != dtype and not (found.dtype.is_floating_point and dtype.is_floating_point):

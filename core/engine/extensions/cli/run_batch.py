@@ -1,8 +1,8 @@
 """`engine run-batch`: answer a file of requests in OpenAI's batch format, without a server.
 
-Each line is an object with ``custom_id``, ``method``, ``url`` (``/v1/chat/completions``, ``/v1/completions`` or
-``/v1/responses``) and ``body``; each line of the output has ``custom_id`` and ``response`` or ``error``, in the order
-of the input. A line that fails is told in the output and does not end the run.
+Each line is an object with ``custom_id``, ``method``, ``url`` (``/v1/chat/completions``, ``/v1/completions``,
+``/v1/responses``, ``/v1/embeddings``, ``/v1/score``, ``/v1/rerank`` or ``/v1/classify``) and ``body``. Each line of the
+output has ``custom_id`` and ``response`` or ``error``, in the order of the input; a failed line does not end the run.
 """
 
 from __future__ import annotations

@@ -51,10 +51,16 @@ ARCHITECTURES = [
 """Names of model classes that `adopt` changes."""
 
 
+_HEADS = ("ForCausalLM", "LMHeadModel")
+_OTHER_HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification")
+
+
 @hookimpl
 def engine_models() -> Mapping[str, Callable[..., int]]:
-    """The same adapter for each: it looks at the parts of the model."""
-    return dict.fromkeys(ARCHITECTURES, _adopt)
+    """The same adapter for each: it looks at the parts of the model. Their bodies with other heads are alike."""
+    stems = [name.removesuffix(head) for name in ARCHITECTURES for head in _HEADS if name.endswith(head)]
+    stems.append("MPNet")
+    return dict.fromkeys([*ARCHITECTURES, *(stem + head for stem in stems for head in _OTHER_HEADS)], _adopt)
 
 
 def _adopt(model: Any, context: Any) -> int:

@@ -19,6 +19,9 @@ from engine.model.attention import StepContext, engine_attention
 
 Method = Callable[..., Any]
 
+_MPNET_REACH = 128
+"""From this distance on MPNet's bias, of 32 buckets, is one."""
+
 
 def adopt(model: nn.Module, context: StepContext) -> int:
     """Exchange the methods of those parts of `model` that need it. `context` tells positions to parts that count.
@@ -32,7 +35,7 @@ def adopt(model: nn.Module, context: StepContext) -> int:
         parameters = list(inspect.signature(module.forward).parameters)
         if isinstance(module, nn.Embedding) and "position_ids" in parameters[1:]:
             methods["forward"] = _told_positions(type(module).forward, parameters)
-        elif hasattr(module, "create_position_ids_from_input_ids"):
+        elif hasattr(module, "create_position_ids_from_input_ids") or type(module).__name__ == "MPNetEmbeddings":
             methods["forward"] = _behind_padding
             reserved = module.padding_idx + 1
         if methods:
@@ -134,6 +137,25 @@ def _mpt_model(self: Any, *args: Any, attention_mask: object = None, **kwargs: A
     return super(type(self), self).forward(*args, attention_mask=mask, **kwargs)
 
 
+def _mpnet_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Its bias goes along as a table by distance: beyond some, all distances have one bias."""
+    distances = torch.arange(-_MPNET_REACH, _MPNET_REACH + 1, device=self.engine_context.positions.device)
+    table = self.relative_attention_bias(self.relative_position_bucket(distances)).T.float().contiguous()
+    for layer in self.layer:
+        layer.attention.attn.engine_bias = table
+    return super(type(self), self).forward(*args, **kwargs)
+
+
+def _no_bias(self: Any, *_: Any, **__: Any) -> None:
+    """In place of a tensor of the step's length squared."""
+
+
+def _mpnet(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    query, key, value = (_heads(p(hidden_states), self.attention_head_size) for p in (self.q, self.k, self.v))
+    mixed = attend(self, query, key, value, alibi_slopes=self.engine_bias, is_causal=False)
+    return (self.o(mixed.flatten(2)),)
+
+
 def _falcon(
     self: Any,
     hidden_states: Tensor,
@@ -188,6 +210,8 @@ _METHODS: dict[str, dict[str, Method]] = {
     "GPTNeoXJapaneseAttention": {"_attn": _attn(lambda self: 1 / self.norm_factor)},
     "Llama4TextAttention": {"forward": _llama4},
     "MegatronBertSelfAttention": {"forward": _bert},
+    "MPNetEncoder": {"forward": _mpnet_encoder, "compute_position_bias": _no_bias},
+    "MPNetSelfAttention": {"forward": _mpnet},
     "MptAttention": {"forward": _mpt},
     "MptModel": {"forward": _mpt_model},
     "MvpAttention": {"forward": _decoder},

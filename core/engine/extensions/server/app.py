@@ -11,16 +11,28 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from engine.extensions.server import answers, errors
+from engine.extensions.server import answers, errors, pooling
 from engine.extensions.server.args import ServerArgs
 from engine.extensions.server.chat import Chat
 from engine.extensions.server.gate import Gate
 from engine.extensions.server.history import Store
-from engine.extensions.server.routes import chat, completions, models, operations, responses, tokens
+from engine.extensions.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    operations,
+    responses,
+    scores,
+    tokens,
+)
 from engine.extensions.server.service import Service
 from engine.version import __version__
 
-ROUTERS = (completions.router, chat.router, responses.router, models.router, tokens.router, operations.router)
+ROUTERS = (
+    *(completions.router, chat.router, responses.router, embeddings.router, scores.router),
+    *(models.router, tokens.router, operations.router),
+)
 """Of all groups of routes."""
 
 
@@ -60,7 +72,11 @@ def build(args: ServerArgs, service: Service) -> ASGIApp:
     return Gate(inner, args.api_keys(), args.max_request_bytes, service.metrics, args.access_log)
 
 
-ANSWERS = {"/v1/completions": answers.Completion, "/v1/chat/completions": answers.ChatCompletion}
+ANSWERS: dict[str, type] = {
+    "/v1/completions": answers.Completion,
+    "/v1/chat/completions": answers.ChatCompletion,
+    **dict.fromkeys(("/v1/embeddings", "/pooling", "/v1/score", "/score", "/v1/classify", "/classify"), pooling.Answer),
+}
 """Shapes of answers, by route."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,6 +45,8 @@ class ServerArgs:
         response_store_size: responses that are kept for previous_response_id, the latest ones; 0 keeps none.
         log_format: ``"text"``, or ``"json"`` with an object a line.
         log_level: least level that is logged.
+        otlp_traces_endpoint: URL of an OpenTelemetry collector that gets a span a prompt, by OTLP over HTTP:
+            ``http://localhost:4318/v1/traces``. None traces nothing. Needs the extra ``engine[otel]``.
         access_log: log each request's method, path, status and time.
         log_prompts: log what users send and get, too.
     """
@@ -72,6 +75,7 @@ class ServerArgs:
     response_store_size: int = 256
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_traces_endpoint: str | None = None
     access_log: bool = True
     log_prompts: bool = False
 
@@ -90,6 +94,11 @@ class ServerArgs:
             raise ConfigError("ssl_keyfile needs ssl_certfile, the certificate that the key belongs to")
         if self.ssl_ca_certs and not self.ssl_certfile:
             raise ConfigError("ssl_ca_certs needs ssl_certfile: client certificates exist in TLS only")
+        if self.otlp_traces_endpoint is not None and not re.match("https?://.", self.otlp_traces_endpoint):
+            raise ConfigError(
+                f"otlp_traces_endpoint must be a URL like http://localhost:4318/v1/traces, "
+                f"got {self.otlp_traces_endpoint!r}"
+            )
         if any(not key for key in self.api_key):
             raise ConfigError("api_key has an empty key, which every client would bring")
         for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "chat_template"):

@@ -20,7 +20,10 @@ from engine.extensions.server.args import ServerArgs
 from engine.extensions.server.service import Service, State
 from engine.extensions.serving import AsyncLLM
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+URLS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+    *("/v1/embeddings", "/v1/score", "/v1/rerank", "/v1/classify"),
+)
 """Routes that a batch may call."""
 
 

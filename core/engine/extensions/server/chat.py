@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RequestError
-from engine.extensions.server import parsers
+from engine.extensions.server import constraints, parsers
 from engine.extensions.server.args import ServerArgs
+from engine.extensions.server.constraints import Constraint
 from engine.extensions.server.errors import APIError
 from engine.extensions.server.parsers.base import (
     Arguments,
@@ -24,7 +25,7 @@ from engine.extensions.server.parsers.base import (
     ToolParser,
 )
 from engine.extensions.server.protocol import Conversation, Message, NamedChoice, Tool
-from engine.extensions.server.service import Service
+from engine.extensions.server.service import Job, Service
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ class Chat:
             tool_parser if choice != "none" else None,
             None if opening else reasoning,
             parallel,
-            isinstance(choice, NamedChoice),
+            choice.function.name if isinstance(choice, NamedChoice) else None,
+            body.tools or (),
         )
         return {"prompt": text, "prompt_token_ids": ids}, form
 
@@ -143,7 +145,8 @@ class Format:
         opening: the end of the prompt that belongs to the answer, where a call is forced.
         tools, reasoning: the formats; None finds none.
         parallel: whether more than one call is told.
-        only: one function is called, and after its arguments the answer ends.
+        only: the one function that is called, and after its arguments the answer ends.
+        functions: what may be called.
     """
 
     prompt: str
@@ -151,11 +154,28 @@ class Format:
     tools: type[ToolParser] | None
     reasoning: type[ReasoningParser] | None
     parallel: bool
-    only: bool
+    only: str | None = None
+    functions: Sequence[Tool] = ()
 
     def new_call_id(self) -> str:
         """An id for a call, as the model's template likes it."""
         return (self.tools or ToolParser).new_id()
+
+    def job(self, service: Service, asked: Constraint | None, prompt: dict[str, Any], given: dict[str, Any]) -> Job:
+        """The request to the engine: `given` are parameters, and `asked` is the form that the client wants.
+
+        Calls that are forced have the form of the tools; where calls are free, the answer may have them in its place.
+        """
+        if self.opening and self.tools is not None:
+            if asked is not None:
+                raise APIError(400, f"{asked.field} and tool_choice ask for a form each; give one of them", asked.field)
+            asked = constraints.forced(self.tools, self.functions, self.only, self.parallel)
+        elif asked is not None:
+            if self.tools is not None:
+                asked = asked.or_calls(self.tools, self.functions, self.parallel)
+            asked = asked.behind(self.reasoning, self.prompt)
+        params = service.sampling_params(given | (asked.given() if asked else {}))
+        return Job(prompt, params, asked.field if asked else "")
 
 
 def no_parser() -> APIError:
@@ -226,8 +246,8 @@ class Turn:
     def __init__(self, form: Format) -> None:
         self._reasoning = form.reasoning(form.prompt) if form.reasoning is not None else None
         self._tools = form.tools() if form.tools is not None else None
-        self._most = None if form.parallel and not form.only else 1
-        self._only = form.only
+        self._most = None if form.parallel and form.only is None else 1
+        self._only = form.only is not None
         self._given = False  # whether the call has arguments
         self.num_calls = 0
         self.over = False

@@ -44,7 +44,14 @@ _TYPES = {
     503: "unavailable_error",
 }
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
-_PROMPTS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
+_POOLING = {"dimensions", "normalize", "use_activation", "truncate_prompt_tokens", "task", "prompt_name", "instruction"}
+_PROMPTS = {
+    "/v1/completions": "prompt",
+    "/v1/chat/completions": "messages",
+    **dict.fromkeys(("/v1/responses", "/v1/embeddings", "/pooling", "/v1/classify", "/classify"), "input"),
+    **dict.fromkeys(("/v1/score", "/score"), "text_2"),
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank"), "documents"),
+}
 _LONGEST = 1000  # characters of a message; some quote what was sent
 
 
@@ -104,7 +111,7 @@ def as_api_error(error: BaseException, path: str = "") -> APIError:
             return error
         case RequestError():
             word = re.match(r"\w*", str(error))
-            param = word[0] if word and word[0] in _SAMPLING else None
+            param = word[0] if word and word[0] in _SAMPLING | _POOLING else None
             code = None
             if str(error).startswith(("the prompt", "token id", "the conversation", "the chat template")):
                 param = _PROMPTS.get(path)

@@ -104,9 +104,10 @@ class Metrics:
 
     def follow(self, params: SamplingParams) -> Following:
         """Begin to watch a request of the engine."""
-        self._n.observe(params.n)
-        if params.max_tokens is not None:
-            self._max_tokens.observe(params.max_tokens)
+        if params.detokenize:  # all that generate here do
+            self._n.observe(params.n)
+            if params.max_tokens is not None:
+                self._max_tokens.observe(params.max_tokens)
         return Following(self)
 
     def _counter(self, name: str, about: str) -> Counter:
@@ -144,6 +145,10 @@ class Following:
         metrics, now = self._metrics, time.monotonic()
         num_tokens = sum(len(c.token_ids) for c in output.outputs)
         new, self._num_tokens = num_tokens - self._num_tokens, num_tokens
+        if output.pooled is not None:  # the output counts as its first token, and has none
+            self._first = (output.metrics and output.metrics.first_token_time) or now
+            metrics._prompt_tokens.inc(len(output.prompt_token_ids))
+            metrics._first_token.observe(self._first - self._begin)
         if new:
             metrics._generation_tokens.inc(new)
             if self._last is None:

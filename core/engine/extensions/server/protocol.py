@@ -21,8 +21,6 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
-_ONLY_TEXT = "structured output is not offered by this server; leave it out, or ask for type 'text'"
-
 
 class Request(BaseModel):
     """What every request may have."""
@@ -89,6 +87,12 @@ class Sampling(Request):
         None, description="only requests of equal salt share cached prompts"
     )
     timeout: Annotated[float, Field(gt=0, le=1e9)] | None = Field(None, description="seconds until it ends with 408")
+    structured_outputs: dict[str, Any] | None = Field(None, description="the answer's form: json, regex, choice, ...")
+    guided_json: dict[str, Any] | bool | str | None = Field(None, description="older name of structured_outputs.json")
+    guided_regex: str | None = Field(None, description="older name of structured_outputs.regex")
+    guided_choice: list[str] | None = Field(None, description="older name of structured_outputs.choice")
+    guided_grammar: str | None = Field(None, description="older name of structured_outputs.grammar")
+    guided_whitespace_pattern: str | None = Field(None, description="with the others")
 
     def params(self) -> dict[str, Any]:
         """The fields that were given, by their names in `SamplingParams`."""
@@ -117,8 +121,6 @@ class Completing(Sampling):
     def check(self, allow_unknown: bool) -> None:
         """As the base does."""
         super().check(allow_unknown)
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise APIError(400, _ONLY_TEXT, "response_format", "unsupported_parameter")
         if self.stream and self.prompt_logprobs is not None:
             raise APIError(400, "prompt_logprobs are not streamed; set stream to false", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
@@ -330,9 +332,3 @@ class ResponsesRequest(Sampling):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     include: list[str] | None = None
-
-    def check(self, allow_unknown: bool) -> None:
-        """As the base does."""
-        super().check(allow_unknown)
-        if self.text is not None and (self.text.format or {}).get("type", "text") != "text":
-            raise APIError(400, _ONLY_TEXT, "text.format", "unsupported_parameter")

@@ -71,12 +71,13 @@ async def _serve(args: ServerArgs, make: Any) -> int:
 
 
 def _listen(args: ServerArgs) -> socket.socket:
-    """A bound socket, so that a port of 0 is known before anything else happens."""
+    """A socket that listens, so that what the log tells is true: whoever comes from now on is answered."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(2048)
     except OSError as error:
         raise ConfigError(f"cannot listen on {args.host} port {args.port}: {error}; choose another --port") from error
     return sock

@@ -12,11 +12,11 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RequestError
 from engine.extensions.server.args import ServerArgs
 from engine.extensions.server.errors import APIError, unavailable
 from engine.extensions.server.metrics import Metrics
@@ -25,6 +25,9 @@ from engine.extensions.serving.core_process import Load
 from engine.frontend import Prompt
 from engine.info import EngineInfo
 from engine.request import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from engine.extensions.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,10 +46,16 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt of a request, with how to complete it."""
+    """One prompt of a request, with how to complete it.
+
+    Attributes:
+        prompt, params: for the engine.
+        constrained_by: the request's field that asks for the answer's form, which errors name.
+    """
 
     prompt: Prompt
     params: SamplingParams
+    constrained_by: str = "structured_outputs"
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,14 @@ class Call:
         deadline: seconds that it may take.
         priority: lower runs first.
         cache_salt: only requests of equal salt share cached blocks.
+        traced: headers that tell of what trace the request is a part.
     """
 
     id: str
     deadline: float | None = None
     priority: int = 0
     cache_salt: str | None = None
+    traced: Mapping[str, str] = field(default_factory=dict)
 
 
 class Service:
@@ -91,6 +102,11 @@ class Service:
         folder = self._llm.args.folder
         self.names = list(args.served_model_name) or [folder.name or str(folder)]
         self.metrics = Metrics(self.names[0], self.load)
+        self.tracer: Tracer | None = None
+        if args.otlp_traces_endpoint is not None:
+            from engine.extensions.server.tracing import Tracer
+
+            self.tracer = Tracer(args.otlp_traces_endpoint, self.names[0])
 
     def start(self) -> None:
         """Begin to load the model; returns at once."""
@@ -103,6 +119,8 @@ class Service:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
         await self._llm.shutdown()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def drain(self) -> None:
         """Take no more requests, and wait until those that run have finished or the time is over."""
@@ -232,6 +250,7 @@ class Service:
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         self._ids += 1
         following = self.metrics.follow(job.params)
+        trace = self.tracer.begin(call.id, job.params, call.traced) if self.tracer is not None else None
         generating = self.llm.generate(
             job.prompt,
             job.params,
@@ -247,13 +266,19 @@ class Service:
                     following.saw(output)
                     if finished := output.finished:
                         self._tell(output)
+                        if trace is not None:
+                            trace.finish(output)
                     yield index, output
-        except EngineError:
+        except EngineError as error:
             following.ended("error")
-            raise
+            if trace is not None:
+                trace.fail(str(error))
+            raise _of_form(error, job) from None
         except BaseException:
             if not finished:
                 following.ended("abort")
+                if trace is not None:
+                    trace.fail("aborted")
             raise
 
     def _tell(self, output: RequestOutput) -> None:
@@ -305,6 +330,14 @@ class Service:
     def _give_up(self, error: EngineError) -> None:
         self.state = State.DEAD
         self._fatal(error)
+
+
+def _of_form(error: EngineError, job: Job) -> Exception:
+    """The error, under the name that the client has for the answer's form where it is about that."""
+    head, colon, rest = str(error).partition(":")
+    if not isinstance(error, RequestError) or head != "structured_outputs" or not colon:
+        return error
+    return APIError(400, f"{job.constrained_by}:{rest}", job.constrained_by, "invalid_form")
 
 
 async def _merge(

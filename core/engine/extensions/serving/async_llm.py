@@ -118,7 +118,8 @@ class AsyncLLM:
             tokenizer = await asyncio.to_thread(
                 load_tokenizer,
                 self.args.tokenizer or self.info.model,
-                trust_remote_code=self.args.trust_remote_code,
+                self.args.tokenizer_mode,
+                trust=self.args.trust_remote_code,
                 vocab_size=self.info.vocab_size,
             )
         self._frontend = Frontend(self.info, tokenizer, self.args.seed)

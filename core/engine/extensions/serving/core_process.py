@@ -128,13 +128,20 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return child, ours
 
 
+class _Prepared(msgspec.Struct):
+    """To ourselves: what had to be done before a request could be added is done, or has failed."""
+
+    request_id: str
+    error: BaseException | None
+
+
 class _Inbox:
     """Reads frames on a thread; the end of the stream ends the process at once."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._file = sock.makefile("rb")
         self._decode = msgspec.msgpack.Decoder(ToCore).decode
-        self._queue: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[ToCore | _Prepared] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True, name="inbox").start()
 
     def _read(self) -> None:
@@ -143,7 +150,11 @@ class _Inbox:
             self._queue.put(self._decode(self._file.read(size)))
         os._exit(0)
 
-    def get(self, block: bool) -> ToCore | None:
+    def put(self, message: _Prepared) -> None:
+        """Add a message of this process's own; from any thread."""
+        self._queue.put(message)
+
+    def get(self, block: bool) -> ToCore | _Prepared | None:
         """The next message; None when there is none and `block` is false."""
         try:
             return self._queue.get(block)
@@ -157,9 +168,9 @@ def serve(sock: socket.socket) -> None:
     start = inbox.get(block=True)
     assert isinstance(start, Start)
     try:
-        from engine.engine import EngineCore
+        from engine.engine import make_core
 
-        core = EngineCore(start.args)
+        core = make_core(start.args)
         sock.sendall(pack(Ready(msgspec.to_builtins(core.info), _tokenizer(start.args, core))))
         _loop(core, inbox, sock)
     except OSError:  # the parent is gone
@@ -174,10 +185,50 @@ def _tokenizer(args: EngineArgs, core: EngineCore) -> tokenizers.TokenizerData |
         return None
     folder = args.tokenizer or core.info.model
     trust, size = args.trust_remote_code, core.info.vocab_size
-    return tokenizers.pack(load_tokenizer(folder, trust_remote_code=trust, vocab_size=size))
+    return tokenizers.pack(load_tokenizer(folder, args.tokenizer_mode, trust=trust, vocab_size=size))
+
+
+class _Entrance:
+    """Adds requests; those for which something is prepared on another thread wait here, and no step waits for them."""
+
+    def __init__(self, core: EngineCore, inbox: _Inbox, sock: socket.socket) -> None:
+        self._core, self._inbox, self._sock = core, inbox, sock
+        self._waiting: dict[str, CoreRequest] = {}
+
+    def admit(self, request: CoreRequest) -> None:
+        """Add it now, or when it is prepared."""
+        try:
+            preparing = self._core.prepare(request)
+            if preparing is None:
+                self._core.add(request)
+                return
+        except RequestError as error:
+            self._refuse(request.request_id, error)
+            return
+        name = request.request_id
+        self._waiting[name] = request
+        preparing.add_done_callback(lambda done: self._inbox.put(_Prepared(name, done.exception())))
+
+    def prepared(self, message: _Prepared) -> None:
+        """It can be added, unless it was given up since."""
+        request = self._waiting.pop(message.request_id, None)
+        if request is not None and message.error is not None:
+            self._refuse(message.request_id, message.error)
+        elif request is not None:
+            self.admit(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests, wherever they are."""
+        for request_id in request_ids:
+            self._waiting.pop(request_id, None)
+        self._core.abort(request_ids)
+
+    def _refuse(self, request_id: str, error: BaseException) -> None:
+        self._sock.sendall(pack(Refused(request_id, str(error))))
 
 
 def _loop(core: EngineCore, inbox: _Inbox, sock: socket.socket) -> None:
+    entrance = _Entrance(core, inbox, sock)
     told, num_steps = Load(), 0
     while True:
         load = _load(core, num_steps)
@@ -187,12 +238,11 @@ def _loop(core: EngineCore, inbox: _Inbox, sock: socket.socket) -> None:
         while (message := inbox.get(block=not core.has_work())) is not None:
             if isinstance(message, Add):
                 for request in message.requests:
-                    try:
-                        core.add(request)
-                    except RequestError as error:
-                        sock.sendall(pack(Refused(request.request_id, str(error))))
+                    entrance.admit(request)
+            elif isinstance(message, _Prepared):
+                entrance.prepared(message)
             elif isinstance(message, Abort):
-                core.abort(message.request_ids)
+                entrance.abort(message.request_ids)
                 if not core.has_work():
                     break
             elif isinstance(message, ResetPrefixCache):

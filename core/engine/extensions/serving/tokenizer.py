@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from engine.extensions.serving import chat_template as templates
+from engine.extensions.tokenizers.hugging_face import HuggingFaceTokenizer
 from engine.text import Tokenizer
 
 
@@ -42,7 +43,7 @@ def pack(tokenizer: Tokenizer) -> TokenizerData | None:
 
 def unpack(data: TokenizerData) -> Tokenizer:
     """The tokenizer again; its `hf` has what the engine uses of a Transformers tokenizer, and no more."""
-    return Tokenizer(_Portable(data))
+    return HuggingFaceTokenizer(_Portable(data))
 
 
 class _Portable:

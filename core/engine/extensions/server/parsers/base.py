@@ -250,10 +250,16 @@ class ToolParser(Reader):
     Attributes:
         signature: texts by which a chat template shows that its model calls tools like this; none matches no template.
         string_arguments: whether the template takes a call's arguments as JSON text; otherwise as an object.
+        closing: what stands behind a call's arguments; None where forced calls are not held to the tools' schemas.
+        joining: what stands between two calls, up to the second one's name; None where a forced answer has one.
+        ending: what stands behind the last call.
     """
 
     signature: ClassVar[tuple[str, ...]] = ()
     string_arguments: ClassVar[bool] = False
+    closing: ClassVar[str | None] = None
+    joining: ClassVar[str | None] = None
+    ending: ClassVar[str] = ""
 
     @classmethod
     @abstractmethod

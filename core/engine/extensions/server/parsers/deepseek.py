@@ -13,6 +13,9 @@ class DeepSeekV3(ToolParser):
 
     signature: ClassVar[tuple[str, ...]] = (_SEP, "```json")
     string_arguments = True
+    closing: ClassVar[str | None] = f"\n```{_CALL_END}"
+    joining: ClassVar[str | None] = f"\n{_CALL}function{_SEP}"
+    ending = _END
 
     @classmethod
     def opening(cls, name: str | None) -> str:
@@ -41,6 +44,7 @@ class DeepSeekV31(DeepSeekV3):
     """V3.1 writes ``name<sep>`` and the arguments right behind it."""
 
     signature = (_SEP,)
+    closing, joining = _CALL_END, _CALL
 
     @classmethod
     def opening(cls, name: str | None) -> str:

@@ -7,6 +7,7 @@ class Hermes(ToolParser):
     """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number of times."""
 
     signature = ("<tool_call>",)
+    closing, joining = "}\n</tool_call>", '\n<tool_call>\n{"name": "'
 
     @classmethod
     def opening(cls, name: str | None) -> str:

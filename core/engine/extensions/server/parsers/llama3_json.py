@@ -7,6 +7,7 @@ class Llama3Json(ToolParser):
     """``{"name": ..., "parameters": {...}}``, behind ``<|python_tag|>`` or not; several are separated by ``;``."""
 
     signature = ("<|python_tag|>",)
+    closing, joining = "}", '; {"name": "'
 
     @classmethod
     def opening(cls, name: str | None) -> str:

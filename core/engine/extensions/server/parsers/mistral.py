@@ -15,6 +15,7 @@ class Mistral(ToolParser):
     """
 
     signature = (_MARK,)
+    closing, joining, ending = "}", ', {"name": "', "]"
 
     @classmethod
     def opening(cls, name: str | None) -> str:

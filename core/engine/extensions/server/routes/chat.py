@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from msgspec import UNSET, UnsetType
 
-from engine.extensions.server import answers, context
+from engine.extensions.server import answers, constraints, context
 from engine.extensions.server.answers import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, Delta, Usage
 from engine.extensions.server.chat import Format, Turn, check_tools, no_parser
 from engine.extensions.server.errors import APIError
@@ -43,9 +43,9 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         given["logprobs"] = body.top_logprobs or 0
     if choice != "none" or reasoning is not None:
         given.setdefault("skip_special_tokens", False)  # some formats are made of them
-    params = service.sampling_params(given)
     prompt, form = await chat.prompt(service, body, choice, body.parallel_tool_calls)
-    job, view = Job(prompt, params), _View(service, body, calling.id, form)
+    job = form.job(service, constraints.asked(body), prompt, given)
+    view = _View(service, body, calling.id, form)
     if body.stream:
         return EventStream(_stream(service, calling, job, view))
     return await answer(request, _complete(service, calling, job, view))

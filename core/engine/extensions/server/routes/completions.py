@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from msgspec import UNSET, UnsetType
 
-from engine.extensions.server import context
+from engine.extensions.server import constraints, context
 from engine.extensions.server.answers import Completion, TextChoice, TextLogprobs, Usage
 from engine.extensions.server.errors import APIError
 from engine.extensions.server.logprobs import Entry, namer, text_logprobs
@@ -52,8 +52,10 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         given.setdefault("prompt_logprobs", body.logprobs)
     # An output of no tokens, to get the prompt's log probabilities, takes one that is not shown.
     given["max_tokens"] = body.max_tokens if body.max_tokens or not body.echo else 1
-    params = service.sampling_params(given)
-    jobs = [Job(await _prompt(service, body, prompt), params) for prompt in prompts]
+    form = constraints.asked(body)
+    params = service.sampling_params(given | (form.given() if form else {}))
+    field = form.field if form else ""
+    jobs = [Job(await _prompt(service, body, prompt), params, field) for prompt in prompts]
     view = _View(
         body, call.id, service.names[0], service.created, service.llm.get_tokenizer() if _needs(body) else None
     )

@@ -36,4 +36,5 @@ def _describe(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "engine",
         "root": service.names[0],
         "max_model_len": service.llm.info.max_model_len,
+        "tasks": service.llm.info.pooling.get("tasks") or ["generate"],
     }

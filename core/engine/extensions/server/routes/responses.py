@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from engine.extensions.server import context, history
+from engine.extensions.server import constraints, context, history
 from engine.extensions.server.chat import Format, Turn, check_tools, no_parser
 from engine.extensions.server.errors import as_api_error
 from engine.extensions.server.history import Item, Kept
@@ -66,7 +66,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
     prompt, form = await chat.prompt(service, conversation, choice, body.parallel_tool_calls)
-    job = Job(prompt, service.sampling_params(params))
+    job = form.job(service, constraints.asked(body), prompt, params)
     making = _Making(body, service, form, f"resp_{secrets.token_hex(16)}")
 
     def keep() -> None:
@@ -125,7 +125,7 @@ class _Making:
             "reasoning": (body.reasoning.model_dump() if body.reasoning else {"effort": None, "summary": None}),
             "store": body.store,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
             "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
             "tools": [t.model_dump() for t in body.tools or ()],
             "top_p": body.top_p,

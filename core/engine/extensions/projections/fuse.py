@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.interfaces import LinearMethod
+from engine.model.load import frozen
 from engine.model.probe import Observations
 
 
@@ -78,6 +79,7 @@ class Member(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.projection, self.index = projection, index
+        self._forward_hooks, self._forward_pre_hooks = linear._forward_hooks, linear._forward_pre_hooks
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., in] to [..., out]."""
@@ -110,8 +112,3 @@ def fuse(model: nn.Module, seen: Observations, *, all_linears: bool) -> list[Pro
                     setattr(parent, name, member)
                 projections.append(projection)
     return projections
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that is not trained, of `tensor`."""
-    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,130 @@
+"""What a driver and its ranks say to each other. Plain data as msgpack; nothing is pickled."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any
+
+import msgspec
+
+from engine.config import CacheConfig, EngineArgs, SchedulerConfig
+from engine.kv import spec as kv_specs
+from engine.kv.spec import KVGroup
+from engine.step import Step, StepResult
+
+_LENGTH = struct.Struct("=I")
+
+
+class Start(msgspec.Struct, tag=True):
+    """To all ranks, first: load this.
+
+    Attributes:
+        args: the options, as the user gave them.
+        device_indices: of each rank.
+        store: host and port where the ranks find one another.
+        progress: the first rank shows how far it is.
+    """
+
+    args: EngineArgs
+    device_indices: list[int]
+    store: tuple[str, int]
+    progress: bool
+
+
+class Go(msgspec.Struct, tag=True):
+    """To all ranks: each has its weights."""
+
+
+class Run(msgspec.Struct, tag=True):
+    """To all ranks: launch this."""
+
+    step: Step
+
+
+class Collect(msgspec.Struct, tag=True):
+    """To all ranks: the oldest step that was launched is wanted."""
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """From each rank: its weights are there."""
+
+
+class Ready(msgspec.Struct, tag=True):
+    """From each rank: it is waiting for steps. `groups` are specifications by kind, field and layers."""
+
+    groups: list[tuple[str, dict[str, int], tuple[str, ...]]]
+    slices: int
+    block_bytes: int
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    overlap: bool
+    info: dict[str, Any]
+
+
+class Result(msgspec.Struct, tag=True):
+    """From the first rank of the last stage: what a step gave."""
+
+    result: StepResult
+
+
+class Failed(msgspec.Struct, tag=True):
+    """From a rank, last: it cannot go on. `kind` is the exception's class name."""
+
+    kind: str
+    message: str
+    traceback: str
+
+
+ToRank = Start | Go | Run | Collect
+FromRank = Loaded | Ready | Result | Failed
+
+_from_rank = msgspec.msgpack.Decoder(FromRank).decode
+_to_rank = msgspec.msgpack.Decoder(ToRank).decode
+
+
+def pack(message: ToRank) -> bytes:
+    """For the channel."""
+    return msgspec.msgpack.encode(message)
+
+
+def unpack(data: bytes) -> ToRank:
+    """From the channel."""
+    message: ToRank = _to_rank(data)
+    return message
+
+
+def send(sock: socket.socket, message: FromRank) -> None:
+    """A rank's message to the driver."""
+    body = msgspec.msgpack.encode(message)
+    sock.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def receive(sock: socket.socket) -> FromRank | None:
+    """The next message of a rank; None once it is gone."""
+    head = _read(sock, _LENGTH.size)
+    body = _read(sock, _LENGTH.unpack(head)[0]) if head else None
+    return _from_rank(body) if body is not None else None
+
+
+def _read(sock: socket.socket, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        try:
+            part = sock.recv(size - len(data))
+        except ConnectionError:
+            return None
+        if not part:
+            return None
+        data += part
+    return bytes(data)
+
+
+def encode_group(group: KVGroup) -> tuple[str, dict[str, int], tuple[str, ...]]:
+    """For `Ready`."""
+    return type(group.spec).__name__, vars(group.spec), group.layers
+
+
+def decode_group(kind: str, fields: dict[str, int], layers: tuple[str, ...]) -> KVGroup:
+    """From `Ready`."""
+    return KVGroup(getattr(kv_specs, kind)(**fields), layers)

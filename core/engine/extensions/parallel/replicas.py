@@ -1,0 +1,140 @@
+"""Data parallel: replicas of the engine behind one front, each with ranks of its own; requests go to the least busy.
+
+    add --> the replica with the fewest sequences --> its scheduler, here --> its ranks, each a process
+
+The replicas share nothing but this thread, which schedules for all; while one is scheduled the others compute. A
+replica that ends, ends the whole: its sequences could not be told from those that go on.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from engine.config import EngineArgs
+from engine.engine import EngineCore
+from engine.info import EngineInfo
+from engine.request import CoreOutput, CoreRequest
+
+_TICK = 0.5
+"""Seconds between two looks at the ranks' progress."""
+
+
+class Replicas:
+    """Stands for an `EngineCore`, and for its scheduler and KV manager where these are asked for numbers."""
+
+    def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
+        backend, width = args.distributed_executor_backend or "mp", args.world_size
+
+        def start(index: int) -> EngineCore:
+            first = args.device_index + index * width
+            own = replace(args, data_parallel_size=1, device_index=first, distributed_executor_backend=backend)
+            return EngineCore(own, progress=progress and index == 0)
+
+        with ThreadPoolExecutor(args.data_parallel_size) as pool:
+            self._cores = list(pool.map(start, range(args.data_parallel_size)))
+        self._owner: dict[str, EngineCore] = {}
+        self.info: EngineInfo = _sum([core.info for core in self._cores])
+        self.scheduler = self.kv = self
+
+    def add(self, request: CoreRequest) -> None:
+        """See `EngineCore.add`."""
+        core = min(self._cores, key=lambda core: (_sequences(core), core.kv.usage()))
+        core.add(request)
+        self._owner[request.request_id] = core
+
+    def prepare(self, request: CoreRequest) -> Future[None] | None:
+        """See `EngineCore.prepare`."""
+        return self._cores[0].prepare(request)
+
+    def abort(self, request_ids: Iterable[str]) -> list[CoreOutput]:
+        """See `EngineCore.abort`."""
+        ended = []
+        for request_id in request_ids:
+            if (core := self._owner.pop(request_id, None)) is not None:
+                ended += core.abort([request_id])
+        return ended
+
+    def has_work(self) -> bool:
+        """See `EngineCore.has_work`."""
+        return any(core.has_work() for core in self._cores)
+
+    def step(self) -> list[CoreOutput]:
+        """A step of each replica that has an answer; waits for one."""
+        busy = [core for core in self._cores if _launch(core)]
+        outputs = [output for core in _answering(busy) for output in core.step()]
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._owner.pop(output.request_id, None)
+        return outputs
+
+    def reset_prefix_cache(self) -> bool:
+        """See `EngineCore.reset_prefix_cache`."""
+        done = [core.reset_prefix_cache() for core in self._cores]
+        return all(done)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences of all replicas; so are the other numbers."""
+        return sum(core.scheduler.num_running for core in self._cores)
+
+    @property
+    def num_waiting(self) -> int:
+        """See `EngineStats`."""
+        return sum(core.scheduler.num_waiting for core in self._cores)
+
+    @property
+    def num_preemptions(self) -> int:
+        """See `EngineStats`."""
+        return sum(core.scheduler.num_preemptions for core in self._cores)
+
+    @property
+    def num_queried(self) -> int:
+        """See `EngineStats`."""
+        return sum(core.kv.num_queried for core in self._cores)
+
+    @property
+    def num_hit(self) -> int:
+        """See `EngineStats`."""
+        return sum(core.kv.num_hit for core in self._cores)
+
+    def usage(self) -> float:
+        """The mean share of the pages in use."""
+        return sum(core.kv.usage() for core in self._cores) / len(self._cores)
+
+
+def _sequences(core: EngineCore) -> int:
+    return core.scheduler.num_running + core.scheduler.num_waiting
+
+
+def _launch(core: EngineCore) -> bool:
+    """Launch what `core` has, and ask for its oldest step, if there is one."""
+    oldest: Any = core.launch() if core.has_work() else None
+    if oldest is not None:
+        oldest.ask()
+    return oldest is not None
+
+
+def _answering(cores: list[EngineCore]) -> list[EngineCore]:
+    """Those whose oldest step is done, of which there is one at least; none only if there are no cores."""
+    by_fd: dict[int, EngineCore] = {}
+    runners: list[Any] = [core.runner for core in cores]
+    poll = select.poll()
+    for core, runner in zip(cores, runners, strict=True):
+        by_fd[runner.fileno()] = core
+        poll.register(runner.fileno(), select.POLLIN)
+    while cores:
+        if ready := poll.poll(1000 * _TICK):
+            return [by_fd[fd] for fd, _ in ready]
+        for runner in runners:
+            runner.watch()
+    return []
+
+
+def _sum(infos: list[EngineInfo]) -> EngineInfo:
+    """What all have together; the first one's where it is no number of something."""
+    names = ("num_blocks", "kv_bytes", "max_num_seqs", "weight_bytes")
+    return replace(infos[0], **{name: sum(getattr(info, name) for info in infos) for name in names})

@@ -1,0 +1,525 @@
+// Paged attention with a C interface and no header of torch's. engine_cpu/attention.py calls it and says what a plan is.
+//
+// Letters: N tokens, R requests, H query heads, K key/value heads, G = H / K, D and E head sizes of keys and values, B
+// tokens a block. A block holds, for each key/value head, its keys and then, after the keys of all heads, its values:
+//
+//     keys     [D' / P, B', P]    a vector is one dimension of several tokens, or P dimensions side by side
+//     values   [B' / P, E', P]    a vector is several dimensions of one token, or of P tokens side by side
+//
+// P is 2 for bf16, whose dot product takes pairs, and 1 else. D' and B' are multiples of P, E' of 16: what is beyond B
+// and E is never read as a number, what is beyond D is zero. So neither operand of a matrix product needs packing. Where
+// B' is no multiple of 16, vectors of keys reach into what follows them, which gives scores that are masked.
+//
+// A tile is M = T * G rows: T tokens of a request, the G heads that share a key/value head. Keys come in steps of about
+// 256 tokens that begin at multiples of it, so that a row's sums have one order, whatever else is in the batch:
+//
+//     scores [M, step] = rows x keys     softmax of each row, rescaled as its maximum grows     out [M, E] += p x values
+//
+// Decodes of long requests are cut into parts at multiples of a fixed length, which are merged in order.
+
+#include "products.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+namespace {
+
+struct Spec {  // of a layer and its cache; the same as `_Spec` in attention.py
+  int32_t num_heads, num_kv_heads, head_dim, v_head_dim;
+  int32_t dtype, kv_dtype, causal, block_size;
+  int32_t window, chunk;  // 0 without
+  float scale, softcap;   // 0 without
+  int32_t relative;       // reach of a learned bias, whose table [H, 2 * relative + 1] comes as slopes; -1 without
+  int32_t num_threads;
+};
+
+struct Step {  // of a step; the same as `_Step` in attention.py
+  const int32_t* block_table;  // [R, table_stride]
+  const int64_t* slots;        // [N]
+  const struct Item* items;
+  int64_t num_tokens, num_items, table_stride;
+};
+
+struct Item {  // queries of a request; the same as the rows of `Plan.items`
+  int32_t request, token, num_tokens;  // `token` is the first's index in the step
+  int32_t position, length;            // of the first token in the request; the request's tokens
+  int32_t begin, end;                  // keys to read
+  int32_t part, num_parts, merges;     // of a cut request: index among all parts, their number, whether it is the first
+};
+
+struct Call {  // of a layer in a step; the same as `_Call` in attention.py
+  const void *q, *k, *v;  // k and v null: read only
+  char* cache;            // block 0
+  void* out;              // [N, H, E]
+  const float *sinks, *slopes;
+  float* lse;     // [N, H] or null
+  float* partial; // [parts, H, E' + 2], of requests that are cut
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides in elements
+  int64_t out_token, out_head, lse_token, block_bytes;        // the latter: of a block in this cache, padding included
+};
+
+constexpr int PADDING = 16;  // E', and the scores of a block, are multiples of it
+
+constexpr int ceil_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class C> constexpr int PAIR = std::is_same_v<C, bf16> ? 2 : 1;
+
+template <class C> struct Shape {  // of a cache of C
+  int D, E, B, scores;                   // padded; scores: that a block gives
+  int64_t key_head, value_head, values;  // elements: from head to head, and where values begin
+  explicit Shape(const Spec& s)
+      : D(ceil_to(s.head_dim, PAIR<C>)), E(ceil_to(s.v_head_dim, PADDING)), B(ceil_to(s.block_size, PAIR<C>)),
+        scores(ceil_to(s.block_size, PADDING)),
+        key_head(int64_t(D) * B), value_head(int64_t(E) * B), values(key_head * s.num_kv_heads) {}
+};
+
+// Writing: a head's tokens one after the other, as those of a block share its lines of memory.
+
+template <class S, class C> INLINE C converted(S x) {
+  if constexpr (std::is_same_v<S, C>) return x;  // bits are kept
+  C y;
+  from_float(to_float(x), &y);
+  return y;
+}
+
+template <class S, class C> void write(const Spec& s, const Step& step, const Call& call) {
+  const Shape<C> shape(s);
+  constexpr int P = PAIR<C>;
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < step.num_tokens * s.num_kv_heads; i++) {
+    const int64_t n = i % step.num_tokens, head = i / step.num_tokens, block = step.slots[n] / s.block_size;
+    const int at = int(step.slots[n] % s.block_size);
+    C* base = (C*)(call.cache + block * call.block_bytes);
+    const S* k = (const S*)call.k + n * call.k_token + head * call.k_head;
+    C* keys = base + head * shape.key_head + at * P;
+    for (int d = 0; d < shape.D; d++)
+      keys[int64_t(d / P) * shape.B * P + d % P] = d < s.head_dim ? converted<S, C>(k[d]) : C{};
+    const S* v = (const S*)call.v + n * call.v_token + head * call.v_head;
+    C* values = base + shape.values + head * shape.value_head + int64_t(at / P) * shape.E * P + at % P;
+    for (int e = 0; e < s.v_head_dim; e++) values[e * P] = converted<S, C>(v[e]);
+  }
+}
+
+// Products on vectors. A row's elements are float, or bf16 where the processor multiplies these.
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MOST_ROWS = 8, MOST_SUMS = 16;  // that a product keeps in registers
+#else
+constexpr int MOST_ROWS = 4, MOST_SUMS = 8;
+#endif
+
+// Memory that will be read soon, as large as what is read now: fetched line by line meanwhile. Null for none.
+template <class C> struct Ahead { const C *keys = nullptr, *values = nullptr; };
+
+// sums[r][c] += rows[r][i] * columns[i][c] for P dimensions, or tokens, i: R rows, V vectors of columns.
+template <class X, class C, int R, int V>
+INLINE void multiply_one(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const C* columns, bool both = true) {
+  for (int c = 0; c < V; c++) {
+    const C* column = columns + c * PAIR<C> * LANES;
+    if constexpr (PAIR<C> == 1) {
+      const F32 x = load(column);
+      for (int r = 0; r < R; r++) sums[r][c] = rows[r * row_stride] * x + sums[r][c];
+    } else {
+      const U32 pair = both ? load_raw<U32>(column) : load_raw<U32>(column) & 0x0000ffffu;
+      if constexpr (std::is_same_v<X, bf16>) {
+        for (int r = 0; r < R; r++)
+          sums[r][c] = dot_pairs(sums[r][c], load_raw<uint32_t>(rows + r * row_stride), pair);
+      } else {
+        const F32 first = (F32)(pair << 16), second = (F32)(pair & 0xffff0000u);
+        for (int r = 0; r < R; r++) {
+          sums[r][c] = rows[r * row_stride] * first + sums[r][c];
+          sums[r][c] = rows[r * row_stride + 1] * second + sums[r][c];
+        }
+      }
+    }
+  }
+}
+
+// The same for all i < count; the second of an odd count's last pair is not read as a number.
+template <class X, class C, int R, int V>
+INLINE void multiply(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const C* columns, int64_t column_stride,
+                     int count, Ahead<C> ahead = {}) {
+  constexpr int P = PAIR<C>;
+  int i = 0;
+  for (; i + P <= count; i += P, columns += column_stride) {
+    if (ahead.keys) {
+      for (int c = 0; c < V; c++) {
+        __builtin_prefetch(ahead.keys + i / P * column_stride + c * P * LANES);
+        __builtin_prefetch(ahead.values + i / P * column_stride + c * P * LANES);
+      }
+    }
+    multiply_one(sums, rows + i, row_stride, columns);
+  }
+  if (i < count) multiply_one(sums, rows + i, row_stride, columns, false);
+}
+
+// Products on AMX's tiles of 16 rows of 64 bytes: 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
+
+#if defined(HAS_AMX)
+// sums[32 or 16][32] += rows x columns for `count`, a multiple of 32; strides in elements, of pairs for columns.
+template <bool TWO>
+INLINE void multiply_tiles(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride, int count) {
+  for (int i = 0; i < count; i += 32) {
+    const bf16* column = columns + (i / 2) * column_stride;
+    _tile_loadd(4, rows + i, row_stride * 2);
+    _tile_loadd(6, column, column_stride * 2);
+    _tile_loadd(7, column + 32, column_stride * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TWO) {
+      _tile_loadd(5, rows + 16 * row_stride + i, row_stride * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+template <bool TWO> INLINE void load_sums(const float* sums, int64_t stride) {
+  _tile_loadd(0, sums, stride * 4);
+  _tile_loadd(1, sums + 16, stride * 4);
+  if constexpr (TWO) {
+    _tile_loadd(2, sums + 16 * stride, stride * 4);
+    _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
+  }
+}
+template <bool TWO> INLINE void store_sums(float* sums, int64_t stride) {
+  _tile_stored(0, sums, stride * 4);
+  _tile_stored(1, sums + 16, stride * 4);
+  if constexpr (TWO) {
+    _tile_stored(2, sums + 16 * stride, stride * 4);
+    _tile_stored(3, sums + 16 * stride + 16, stride * 4);
+  }
+}
+#endif
+
+// Attention of tiles of queries, in a thread's own memory. X is what rows are made of, C what the cache is made of.
+
+INLINE F32 tanh(F32 x) {  // Cephes' polynomial near 0
+  const F32 z = x * x;
+  F32 p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const F32 small = p * z * x + x, size = x < F32{} ? -x : x;
+  const F32 large = 1.0f - 2.0f / (exp(size + size) + 1.0f);
+  return size < splat(0.625f) ? small : x < F32{} ? -large : large;
+}
+
+template <class X, class C> class Tile {
+ public:
+  Tile(const Spec& s, const Step& step, const Call& call, int most_tokens)
+      : s(s), step(step), call(call), shape(s), G(s.num_heads / s.num_kv_heads),
+        num_blocks(std::max(1, 256 / s.block_size)), span(num_blocks * s.block_size), columns(num_blocks * shape.scores),
+        D(ceil_to(shape.D, 32)), rows(ceil_to(most_tokens * G, 32)),
+        on_tiles(std::is_same_v<X, bf16> && tiles_allowed() && shape.D % 32 == 0 && shape.E % 32 == 0 &&
+                 s.block_size % 32 == 0) {
+    thread_local std::vector<char> memory;
+    char* at = nullptr;
+    for (int pass = 0; pass < 2; pass++) {  // count, then place
+      char* const start = at;
+      const auto place = [&](auto*& pointer, size_t count) {
+        pointer = (std::remove_reference_t<decltype(pointer)>)at;
+        at += (count * sizeof *pointer + 63) / 64 * 64;
+      };
+      place(queries, size_t(rows) * D), place(weights, size_t(rows) * columns);
+      place(scores, size_t(rows) * columns), place(out, size_t(rows) * shape.E);
+      place(row, rows), place(offsets, columns), place(blocks, num_blocks), place(cleared, shape.value_head);
+      if (pass) break;
+      if (memory.size() < size_t(at - start) + 64) memory.resize(at - start + 64);
+      at = memory.data() + (64 - uintptr_t(memory.data()) % 64) % 64;
+    }
+    for (int c = 0; c < columns; c++)
+      offsets[c] = c % shape.scores < s.block_size ? c / shape.scores * s.block_size + c % shape.scores : 1 << 30;
+  }
+
+  template <class S> void run(const Item& item, int head) {
+    begin<S>(item, head);
+    for (int at = first / span * span; at < last; at += span) {
+      find_blocks(item, head, at);
+      multiply_keys();
+      for (int m = 0; m < M; m++) weigh(row[m], m, at, item.position + m / G, head);
+      multiply_values();
+    }
+    for (int m = 0; m < M; m++) item.num_parts ? keep(item, head, m) : finish<S>(item, head, m);
+  }
+
+  // Merge the parts of a request, in their order; `item` is the first.
+  template <class S> void merge(const Item& item, int head) {
+    for (int g = 0; g < G; g++) {
+      Row& whole = row[g] = {-INF, 0, 0, 0};
+      float* sum = out + g * shape.E;
+      for (int part = 0; part < item.num_parts; part++)
+        whole.maximum = std::max(whole.maximum, partial(item.part + part, head, g)[shape.E]);
+      for (int e = 0; e < shape.E; e++) sum[e] = 0;
+      for (int part = 0; part < item.num_parts; part++) {
+        const float* p = partial(item.part + part, head, g);
+        const float factor = p[shape.E] == -INF ? 0 : std::exp(p[shape.E] - whole.maximum);
+        whole.sum += factor * p[shape.E + 1];
+        for (int e = 0; e < shape.E; e++) sum[e] += factor * p[e];
+      }
+      finish<S>(item, head, g);
+    }
+  }
+
+ private:
+  struct Row { float maximum, sum; int32_t low, high; };  // high: one past the last key that it sees
+  struct Block { const C *keys, *values; int count; };    // count: tokens that may be read; none without pointers
+
+  const Spec& s;
+  const Step& step;
+  const Call& call;
+  const Shape<C> shape;
+  const int G, num_blocks, span, columns, D, rows;  // span: tokens of a step over keys; columns: with padding of blocks
+  const bool on_tiles;
+  int M = 0, first = 0, last = 0;                   // rows in use, keys that any of them sees
+  X *queries, *weights;                             // [rows, D], [rows, columns]
+  float *scores, *out;                              // [rows, columns], [rows, E]
+  Row* row;
+  int32_t* offsets;  // [columns], tokens since the step's first; huge where there is none
+  Block* blocks;
+  C* cleared;        // values of a block of which some are not to be read, for products that read all
+
+  float* partial(int part, int head, int g) const {
+    return call.partial + (int64_t(part) * s.num_heads + head * G + g) * (shape.E + 2);
+  }
+
+  template <class S> void begin(const Item& item, int head) {
+    M = item.num_tokens * G;
+    const int used = on_tiles ? ceil_to(M, M > 16 ? 32 : 16) : M;
+    std::memset((void*)queries, 0, sizeof(X) * used * D);
+    std::memset(out, 0, sizeof(float) * used * shape.E);
+    if (on_tiles) std::memset((void*)(weights + M * columns), 0, sizeof(X) * (used - M) * columns);
+    first = item.end, last = item.begin;
+    for (int m = 0; m < M; m++) {
+      const int position = item.position + m / G;
+      const S* q = (const S*)call.q + (item.token + m / G) * call.q_token + (head * G + m % G) * call.q_head;
+      for (int d = 0; d < s.head_dim; d++) queries[m * D + d] = converted<S, X>(q[d]);
+      row[m] = {-INF, 0, item.begin, std::min(item.end, s.causal ? position + 1 : item.length)};
+      if (s.window && !s.causal) row[m].high = std::min(row[m].high, position + s.window);
+      if (s.window) row[m].low = std::max(row[m].low, position - s.window + 1);
+      if (s.chunk) row[m].low = std::max(row[m].low, position / s.chunk * s.chunk);
+      first = std::min(first, row[m].low), last = std::max(last, row[m].high);
+    }
+  }
+
+  void find_blocks(const Item& item, int head, int at) {
+    const int32_t* table = step.block_table + item.request * step.table_stride;
+    for (int b = 0; b < num_blocks; b++) {
+      const int from = at + b * s.block_size;
+      blocks[b] = {nullptr, nullptr, 0};
+      if (from + s.block_size <= first || from >= last) continue;
+      const C* block = (const C*)(call.cache + table[from / s.block_size] * call.block_bytes);
+      blocks[b] = {block + head * shape.key_head, block + shape.values + head * shape.value_head,
+                   std::min(s.block_size, last - from)};
+      if (on_tiles && from + s.block_size > item.length) {  // what was never written weighs nothing, but may be NaN
+        std::memcpy((void*)cleared, blocks[b].values, sizeof(C) * shape.value_head);
+        for (int t = item.length - from; t < s.block_size; t++)
+          for (int e = 0; e < shape.E; e++) cleared[((t / 2) * shape.E + e) * 2 + t % 2] = C{};
+        blocks[b].values = cleared;
+      }
+    }
+  }
+
+  static void fetch(const C* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int(sizeof(C))) __builtin_prefetch(from + i, 0, 2);
+  }
+
+  void multiply_keys() {
+    for (int b = 0; b < num_blocks; b++) {
+      if (!blocks[b].count) continue;
+      float* to = scores + b * shape.scores;
+#if defined(HAS_AMX)
+      if (on_tiles) {
+        if constexpr (std::is_same_v<X, bf16>) {
+          if (M <= 16) {
+            fetch(blocks[b].values, shape.value_head);
+            if (b + 1 < num_blocks && blocks[b + 1].count) fetch(blocks[b + 1].keys, shape.key_head);
+          }
+          for (int n = 0; n < shape.B; n += 32)
+            for (int m = 0; m < M; m += 32)
+              M > 16 ? keys_on_tiles<true>(b, m, n) : keys_on_tiles<false>(b, m, n);
+          continue;
+        }
+      }
+#endif
+      Ahead<C> ahead;
+      if (M <= MOST_ROWS && shape.D == shape.E)
+        ahead = {blocks[b + (b + 1 < num_blocks && blocks[b + 1].count)].keys, blocks[b].values};
+      const auto product = [&](auto& sums, int r, int c) {
+        multiply(sums, queries + r * D, D, blocks[b].keys + c * LANES * PAIR<C>, shape.B * PAIR<C>, shape.D, ahead);
+      };
+      over_rows(to, columns, shape.scores / LANES, false, product);
+    }
+  }
+
+  void multiply_values() {
+#if defined(HAS_AMX)
+    if (on_tiles) {
+      if constexpr (std::is_same_v<X, bf16>) {
+        for (int e = 0; e < shape.E; e += 32)
+          for (int m = 0; m < M; m += 32) M > 16 ? values_on_tiles<true>(m, e) : values_on_tiles<false>(m, e);
+        return;
+      }
+    }
+#endif
+    const auto product = [&](auto& sums, int r, int c) {
+      for (int b = 0; b < num_blocks; b++)
+        if (blocks[b].count)
+          multiply(sums, weights + r * columns + b * shape.scores, columns, blocks[b].values + c * LANES * PAIR<C>,
+                   shape.E * PAIR<C>, blocks[b].count);
+    };
+    over_rows(out, shape.E, shape.E / LANES, true, product);
+  }
+
+  // Cut [M, num vectors] into pieces that fit into registers, and let `product` add to each; `to` is where sums are.
+  template <class Product> INLINE void over_rows(float* to, int64_t stride, int num, bool add, const Product& product) {
+    int r = 0;
+    over<MOST_ROWS>(r, to, stride, num, add, product);
+    over<MOST_ROWS / 2>(r, to, stride, num, add, product);
+    if constexpr (MOST_ROWS > 4) over<MOST_ROWS / 4>(r, to, stride, num, add, product);
+    over<1>(r, to, stride, num, add, product);
+  }
+  template <int R, class Product>
+  INLINE void over(int& r, float* to, int64_t stride, int num, bool add, const Product& product) {
+    for (; r + R <= M; r += R) {
+      int c = 0;
+      over_columns<R, std::min(8, MOST_SUMS / R)>(r, c, to, stride, num, add, product);
+    }
+  }
+  template <int R, int V, class Product>
+  INLINE void over_columns(int r, int& c, float* to, int64_t stride, int num, bool add, const Product& product) {
+    for (; c + V <= num; c += V) {
+      F32 sums[R][V];
+      for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++)
+          sums[i][j] = add ? load(to + (r + i) * stride + (c + j) * LANES) : F32{};
+      product(sums, r, c);
+      for (int i = 0; i < R; i++)
+        for (int j = 0; j < V; j++) store(to + (r + i) * stride + (c + j) * LANES, sums[i][j]);
+    }
+    if constexpr (V > 1) over_columns<R, V / 2>(r, c, to, stride, num, add, product);
+  }
+
+#if defined(HAS_AMX)
+  template <bool TWO> void keys_on_tiles(int b, int m, int n) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (TWO) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    multiply_tiles<TWO>(queries + m * D, D, blocks[b].keys + n * 2, shape.B * 2, shape.D);
+    store_sums<TWO>(scores + m * columns + b * shape.scores + n, columns);
+  }
+  template <bool TWO> void values_on_tiles(int m, int e) {
+    load_sums<TWO>(out + m * shape.E + e, shape.E);
+    for (int b = 0; b < num_blocks; b++)
+      multiply_tiles<TWO>(weights + m * columns + b * shape.scores, columns, blocks[b].values + e * 2, shape.E * 2,
+                          ceil_to(blocks[b].count, 32));
+    store_sums<TWO>(out + m * shape.E + e, shape.E);
+  }
+#endif
+
+  // From row m's products to weights: scale, cap, bias, mask, and the softmax so far.
+  void weigh(Row& row, int m, int at, int position, int head) {
+    float *score = scores + m * columns, *sum = out + m * shape.E;
+    X* weight = weights + m * columns;
+    const float slope = call.slopes && s.relative < 0 ? call.slopes[head * G + m % G] : 0;
+    F32 most = splat(-INF);
+    for (int c = 0; c < columns; c += LANES) {
+      if (!blocks[c / shape.scores].count) continue;
+      const I32 key = load_raw<I32>(offsets + c) + at;
+      F32 x = load(score + c) * s.scale;
+      if (s.softcap != 0) x = tanh(x / s.softcap) * s.softcap;
+      if (call.slopes && s.relative < 0) x = x + slope * __builtin_convertvector(key - position, F32);
+      if (call.slopes && s.relative >= 0) x = x + learned(key - position, head * G + m % G);
+      x = ((key >= row.low) & (key < row.high)) ? x : splat(-INF);
+      most = max(most, x);
+      store(score + c, x);
+    }
+    const float maximum = std::max(row.maximum, largest(most));
+    const bool empty = maximum == -INF;
+    const float factor = row.maximum == -INF ? 0 : std::exp(row.maximum - maximum);
+    F32 total = F32{};
+    for (int c = 0; c < columns; c += LANES) {
+      if (!blocks[c / shape.scores].count) continue;
+      const F32 p = empty ? F32{} : exp(load(score + c) - maximum);
+      total += p;
+      store(weight + c, p);
+    }
+    row.maximum = maximum;
+    row.sum = row.sum * factor + ::sum(total);
+    if (factor != 1)
+      for (int e = 0; e < shape.E; e += LANES) store(sum + e, load(sum + e) * factor);
+  }
+
+  F32 learned(I32 distance, int h) const {
+    const float* middle = call.slopes + int64_t(h) * (2 * s.relative + 1) + s.relative;
+    F32 bias;
+    for (int i = 0; i < LANES; i++) bias[i] = middle[std::max(-s.relative, std::min(int32_t(distance[i]), s.relative))];
+    return bias;
+  }
+
+  void keep(const Item& item, int head, int m) {
+    float* to = partial(item.part, head, m);
+    std::memcpy(to, out + m * shape.E, sizeof(float) * shape.E);
+    to[shape.E] = row[m].maximum;
+    to[shape.E + 1] = row[m].sum;
+  }
+
+  template <class S> void finish(const Item& item, int head, int m) {
+    const int64_t token = item.token + m / G, h = head * G + m % G;
+    float maximum = row[m].maximum, sum = row[m].sum, factor = 1;
+    if (call.sinks && call.sinks[h] != -INF) {
+      const float with = std::max(maximum, call.sinks[h]);
+      factor = std::exp(maximum - with);
+      sum = sum * factor + std::exp(call.sinks[h] - with);
+      maximum = with;
+    }
+    if (call.lse) call.lse[token * call.lse_token + h] = maximum + std::log(sum);
+    S* to = (S*)call.out + token * call.out_token + h * call.out_head;
+    factor /= sum;
+    for (int e = 0; e < s.v_head_dim; e++) from_float(out[m * shape.E + e] * factor, to + e);
+  }
+};
+
+template <class S, class C> void attend(const Spec& s, const Step& step, const Call& call) {
+  using X = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<S, bf16> && std::is_same_v<C, bf16>, bf16, float>;
+  int most_tokens = 1;
+  bool cut = false;
+  for (int64_t i = 0; i < step.num_items; i++) {
+    most_tokens = std::max(most_tokens, step.items[i].num_tokens);
+    cut |= step.items[i].merges;
+  }
+  const int64_t num = step.num_items * s.num_kv_heads;
+#pragma omp parallel num_threads(s.num_threads)
+  {
+    if (call.k) write<S, C>(s, step, call);  // ends with a barrier
+    Tile<X, C> tile(s, step, call, most_tokens);
+    [[maybe_unused]] Tiles configured;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num; i++)
+      tile.template run<S>(step.items[i / s.num_kv_heads], int(i % s.num_kv_heads));
+    if (cut) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num; i++) {
+        const Item& item = step.items[i / s.num_kv_heads];
+        if (item.merges) tile.template merge<S>(item, int(i % s.num_kv_heads));
+      }
+    }
+  }
+}
+
+template <class S> void attend(const Spec& s, const Step& step, const Call& call) {
+  if (s.kv_dtype == FLOAT32) attend<S, float>(s, step, call);
+  if (s.kv_dtype == BFLOAT16) attend<S, bf16>(s, step, call);
+  if (s.kv_dtype == FLOAT16) attend<S, f16>(s, step, call);
+}
+
+}  // namespace
+
+extern "C" void engine_attention(const Spec* s, const Step* step, const Call* call) {
+  if (s->dtype == FLOAT32) attend<float>(*s, *step, *call);
+  if (s->dtype == BFLOAT16) attend<bf16>(*s, *step, *call);
+  if (s->dtype == FLOAT16) attend<f16>(*s, *step, *call);
+}

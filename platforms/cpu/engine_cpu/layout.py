@@ -1,0 +1,84 @@
+"""The layout that the kernels read: both operands of a matrix product as vectors want them, see ``attention.cpp``.
+
+    a block   | keys of head 0: [D' / P, B', P] | of head 1 | ... | values of head 0: [B' / P, E', P] | ... | padding |
+
+P is 2 for bf16 and 1 else. D' and B' are D and B up to a multiple of P, and E' is E up to one of 16; zero beyond D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine_sdk import KVCache, PagedLayout
+
+WIDTH = 16
+"""E' is a multiple of it."""
+
+
+@dataclass(frozen=True)
+class PackedCache:
+    """One layer's cache.
+
+    Attributes:
+        raw: [num_blocks, elements of a padded block].
+        keys: [num_blocks, K, D' / P, B', P].
+        values: [num_blocks, K, B' / P, E', P].
+    """
+
+    raw: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class PackedLayout(PagedLayout):
+    """Blocks of `block_size` tokens, in pairs where the processor multiplies pairs."""
+
+    def __init__(
+        self, block_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int, kv_dtype: torch.dtype
+    ) -> None:
+        super().__init__(block_size, num_kv_heads, head_dim, v_head_dim, kv_dtype)
+        pair = self._pair = 2 if kv_dtype == torch.bfloat16 else 1
+        tokens, width = _ceil(block_size, pair), _ceil(v_head_dim, WIDTH)
+        self._keys = (num_kv_heads, _ceil(head_dim, pair) // pair, tokens, pair)
+        self._values = (num_kv_heads, tokens // pair, width, pair)
+        self.used = num_kv_heads * tokens * (_ceil(head_dim, pair) + width)
+        self.block_bytes = self.used * kv_dtype.itemsize
+
+    def bind(self, storage: Tensor, num_blocks: int) -> PackedCache:
+        """See `KVLayout.bind`."""
+        raw = storage.view(self.kv_dtype).view(num_blocks, -1)
+        end = self._keys[0] * self._keys[1] * self._keys[2] * self._keys[3]
+        return PackedCache(
+            raw, raw[:, :end].unflatten(1, self._keys), raw[:, end : self.used].unflatten(1, self._values)
+        )
+
+    def write(self, cache: KVCache, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `PagedLayout.write`."""
+        cache.keys.permute(0, 3, 1, 2, 4).index_put_((blocks, offsets), self._paired(keys.to(self.kv_dtype)))
+        at = blocks, torch.div(offsets, self._pair, rounding_mode="floor"), offsets % self._pair
+        cache.values[..., : self.v_head_dim, :].permute(0, 2, 4, 1, 3).index_put_(at, values.to(self.kv_dtype))
+
+    def _paired(self, keys: Tensor) -> Tensor:
+        """[..., K, D] as [..., K, D' / P, P]."""
+        missing = -self.head_dim % self._pair
+        paired: Tensor = torch.nn.functional.pad(keys, (0, missing)).unflatten(-1, (-1, self._pair))
+        return paired
+
+    def gather(self, cache: KVCache, blocks: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See `PagedLayout.gather`."""
+        found = cache.keys.index_select(0, blocks).permute(0, 3, 1, 2, 4).flatten(3)
+        keys.copy_(found[:, : self.block_size, :, : self.head_dim])
+        found = cache.values.index_select(0, blocks).permute(0, 2, 4, 1, 3).flatten(1, 2)
+        values.copy_(found[:, : self.block_size, :, : self.v_head_dim])
+
+    def copy_blocks(self, cache: KVCache, src: Tensor, dst: Tensor) -> None:
+        """See `KVLayout.copy_blocks`."""
+        used = cache.raw[:, : self.used]
+        used.index_copy_(0, dst, used.index_select(0, src))
+
+
+def _ceil(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
