@@ -316,9 +316,9 @@ def test_refuses_undeclared_calls() -> None:
         check(SmallHost(), backend, Case(backend.spec, 16, (Row(3, 1),), lse=True))
 
 
-def test_refuses_a_window_without_a_mask() -> None:
+def test_refuses_a_chunk_without_a_mask() -> None:
     with pytest.raises(UnsupportedCapability, match="not defined"):
-        Host().attention(layer(causal=False, window=4))
+        Host().attention(layer(causal=False, chunk=4))
 
 
 # Experts
