@@ -188,6 +188,7 @@ def compiled(
 ) -> list[list[int]]:
     torch._dynamo.reset()
     monkeypatch.setattr(CpuPlatform, "compiler", lambda self: CompilerOptions(backend))  # type: ignore[arg-type]
+    monkeypatch.setattr(CpuPlatform, "linear", lambda self, scheme: None)  # its kernels are no compiler's business
     return generate(folder, **options)
 
 

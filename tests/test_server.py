@@ -116,7 +116,8 @@ def test_completions_equal_the_offline_engine(ready: Server) -> None:
         for token, entry in zip(want.outputs[0].token_ids, want.outputs[0].logprobs or (), strict=True)
     ]
     assert choice.logprobs is not None
-    assert choice.logprobs.token_logprobs == pytest.approx(chosen, abs=1e-4)
+    # The model is in bf16, and what ran before decides which prefix is cached, and so the shape of each product.
+    assert choice.logprobs.token_logprobs == pytest.approx(chosen, abs=2e-3)
     (chat,) = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=64))
     answer = ready.client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=64)
     assert answer.choices[0].message.content == chat.outputs[0].text
@@ -238,7 +239,7 @@ def test_models_versions_and_metrics(ready: Server) -> None:
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     assert re.search(r"vllm:generation_tokens_total\{.*\} \d+\.0", ready.get("/metrics").text)
     assert ready.get("/version").json()["version"]
-    assert "no route" in ready.get("/v1/embeddings").json()["error"]["message"]
+    assert "no route" in ready.get("/v1/nothing").json()["error"]["message"]
 
 
 def test_random_disconnects_leak_nothing(ready: Server) -> None:
