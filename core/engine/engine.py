@@ -17,13 +17,13 @@ from typing import Any, Protocol, cast
 
 from engine.config import CacheConfig, EngineArgs, SchedulerConfig
 from engine.discovery import RUNNERS, discover
-from engine.errors import ConfigError, RequestError
+from engine.errors import RequestError
 from engine.info import EngineInfo, EngineStats
 from engine.interfaces import Platform
 from engine.kv.manager import KVCacheManager
 from engine.kv.pool import KVPlan
 from engine.model.share import Share
-from engine.plugins import Hooks, get_hooks, load_platform
+from engine.plugins import Hooks, get_hooks, load_platform, pick
 from engine.request import CoreOutput, CoreRequest
 from engine.runner import ModelRunner, resolve
 from engine.scheduler import Scheduler
@@ -53,7 +53,9 @@ class Executor(Protocol):
 
 def _executor(args: EngineArgs, hooks: Hooks, progress: bool) -> Executor:
     if args.distributed_executor_backend or args.world_size > 1 or args.enable_expert_parallel:
-        return cast("Executor", _plugin(args.distributed_executor_backend or "mp", hooks)(args, progress=progress))
+        executors = {name: make for name, make in hooks.engine_executors().items() if name != "replicas"}
+        make = pick("distributed_executor_backend", args.distributed_executor_backend or "mp", executors)
+        return cast("Executor", make(args, progress=progress))
     return make_runner(args, hooks, progress=progress)
 
 
@@ -67,16 +69,13 @@ def make_runner(
     return cast(ModelRunner, (kinds or [ModelRunner])[0](args, platform, share and share(platform), progress=progress))
 
 
-def _plugin(name: str, hooks: Hooks) -> Callable[..., Any]:
-    if (make := (executors := hooks.engine_executors()).get(name)) is None:
-        names = ", ".join(sorted(executors.keys() - {"replicas"})) or "none; install the engine again"
-        raise ConfigError(f"no distributed_executor_backend {name!r}; there are: {names}")
-    return make
-
-
 def make_core(args: EngineArgs, *, progress: bool = False) -> EngineCore:
     """An `EngineCore`, or what stands for several replicas of one with `data_parallel_size`."""
-    make = EngineCore if args.data_parallel_size == 1 else _plugin("replicas", get_hooks())
+    make = (
+        EngineCore
+        if args.data_parallel_size == 1
+        else pick("distributed_executor_backend", "replicas", get_hooks().engine_executors())
+    )
     return cast("EngineCore", make(args, progress=progress))
 
 

@@ -144,6 +144,14 @@ def _table(hook: str) -> Callable[[Hooks], dict[str, Callable[..., Any]]]:
     return lambda self: {name: found for name, (_, found) in self._merge(hook).items()}
 
 
+def pick(option: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """What `table` has for the word that `option` took; raises `ConfigError` with the words that there are."""
+    if name not in table:
+        words = ", ".join(sorted(table)) or "none; install the engine again"
+        raise ConfigError(f"no {option} {name!r}; there are: {words}")
+    return table[name]
+
+
 class Hooks:
     """Calls what `engine.hooks` specifies; each plugin has a manager of its own, so a failure has a name."""
 

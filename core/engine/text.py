@@ -7,10 +7,9 @@ token ids -> IncrementalDetokenizer -> StopChecker -> CompletionOutput.text
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from engine.errors import ConfigError
-from engine.plugins import get_hooks
+from engine.plugins import get_hooks, pick
 from engine.request import CompletionOutput, CoreOutput, Logprob, SamplingParams, TokenLogprobs
 
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no character (yet)
@@ -41,11 +40,8 @@ def load_tokenizer(folder: str, mode: str = "auto", *, trust: bool = False, voca
     Raises `CheckpointError` if there is no tokenizer, it cannot be read, or it has more tokens than the model, and
     `ConfigError` for a mode that no plugin has.
     """
-    modes = get_hooks().engine_tokenizers()
-    if mode not in modes:
-        raise ConfigError(f"no tokenizer_mode {mode!r}; there are: {', '.join(sorted(modes))}")
-    tokenizer: Tokenizer = modes[mode](folder, trust, vocab_size)
-    return tokenizer
+    load = pick("tokenizer_mode", mode, get_hooks().engine_tokenizers())
+    return cast(Tokenizer, load(folder, trust, vocab_size))
 
 
 class IncrementalDetokenizer:

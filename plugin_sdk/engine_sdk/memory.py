@@ -106,29 +106,39 @@ def host_memory(root: Path = Path("/")) -> MemoryInfo:
     return MemoryInfo(free, total)
 
 
-def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of the process's memory control group and of the groups around it, in versions 1 and 2."""
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[Path, bool]]:
+    """Folders of the process's control group and of the groups around it, and whether they are of version 2.
+
+    Args:
+        controller: ``"memory"``, ``"cpu"``.
+        root: where ``proc`` and ``sys`` are.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, maximum, current, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, maximum, current = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         # In a container the path may be the host's, and only the mount's own folder is there.
-        folder = root / mount / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(root / mount):
+        for group in ((folder := mount / path.lstrip("/")), *folder.parents):
+            if not group.is_relative_to(mount):
                 break
-            limit, used = _number(group / maximum), _number(group / current)
-            if limit is not None and used is not None:
-                yield limit, used - _fields(group / "memory.stat").get(cache, 0)
+            yield group, not controllers
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use of the process's memory control group and of the groups around it, in versions 1 and 2."""
+    for group, second in control_groups("memory", root):
+        if second:
+            maximum, current, cache = "memory.max", "memory.current", "inactive_file"
+        else:
+            maximum, current, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        limit, used = _number(group / maximum), _number(group / current)
+        if limit is not None and used is not None:
+            yield limit, used - _fields(group / "memory.stat").get(cache, 0)
 
 
 def _number(path: Path) -> int | None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from engine.config import EngineArgs
-from engine.errors import ConfigError, UnsupportedModelError
+from engine.errors import UnsupportedModelError
 from engine.interfaces import Platform
 from engine.model import attention, experts, probe
 from engine.model.attention import AttentionLayer, StepContext
@@ -27,7 +27,7 @@ from engine.model.config import max_model_len, read_config, resolve_dtype, resol
 from engine.model.load import allocate
 from engine.model.probe import Observations
 from engine.model.share import Share
-from engine.plugins import get_hooks
+from engine.plugins import get_hooks, pick
 
 _STATES = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"})
 """Names in a configuration's `layer_types` of layers that keep more of a sequence than keys and values."""
@@ -130,10 +130,7 @@ def load_model(
 
 def _open(model: PreTrainedModel, args: EngineArgs) -> Any:
     """A plan of what is read where, by the plugin that knows the load format."""
-    formats = get_hooks().engine_load_formats()
-    if args.load_format not in formats:
-        raise ConfigError(f"no load_format {args.load_format!r}; there are: {', '.join(sorted(formats))}")
-    return formats[args.load_format](model, args)
+    return pick("load_format", args.load_format, get_hooks().engine_load_formats())(model, args)
 
 
 def build(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from engine_sdk.memory import control_groups
+
 log = logging.getLogger(__name__)
 
 
@@ -67,23 +69,11 @@ def quota(root: Path = Path("/")) -> float:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Of the process's group and of those around it, in versions 1 and 2."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+    for group, second in control_groups("cpu", root):
+        names = ("cpu.max",) if second else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        try:
+            words = [word for name in names for word in (group / name).read_text().split()]
+        except OSError:
             continue
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        # In a container the path may be the host's, and only the mount's own folder is there.
-        for group in ((folder := mount / path.lstrip("/")), *folder.parents):
-            if not group.is_relative_to(mount):
-                break
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-            try:
-                words = [word for name in names for word in (group / name).read_text().split()]
-            except OSError:
-                continue
-            if words[0] not in ("max", "-1"):
-                yield int(words[0]) / int(words[1])
+        if words[0] not in ("max", "-1"):
+            yield int(words[0]) / int(words[1])
