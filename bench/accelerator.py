@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--breakdown", nargs="*", choices=list(CASES), default=[], metavar="CASE")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
@@ -208,6 +209,7 @@ def main() -> None:
             llm = LLM(
                 checkpoint(name, Path(folder)), platform=args.platform, load_format="dummy", skip_tokenizer_init=True,
                 max_model_len=8192, enforce_eager=args.enforce_eager, disable_log_stats=True,
+                tensor_parallel_size=args.tensor_parallel_size,
             )  # fmt: skip
             llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2), use_tqdm=False)
             start = time.perf_counter() - begin

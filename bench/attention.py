@@ -256,17 +256,17 @@ def flashinfer_seconds(shape: Shape, spec: AttentionSpec, sets: list[Inputs], bl
 
 
 DECODE_CUTS = [
-    (Tile(16, n, warps, stages), programs, least)
-    for n, warps, stages in (
-        (64, 4, 3), (64, 4, 5), (64, 4, 7), (128, 4, 3), (128, 4, 5), (128, 8, 3), (32, 4, 7), (64, 2, 5), (32, 2, 7),
+    (Tile(16, n, warps, depth), programs, least)
+    for n, warps, depth in (
+        (64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 2, 3), (64, 2, 1), (64, 2, 2), (64, 2, 3), (128, 4, 2),
     )
     for programs, least in ((2, 128), (4, 128), (4, 256), (8, 256))
 ]  # fmt: skip
 PREFILL_CUTS = [
     Tile(*cut)
     for cut in (
-        (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 5),
-        (64, 128, 4, 3), (128, 64, 4, 3), (128, 32, 8, 5), (256, 64, 8, 3),
+        (128, 64, 8, 1), (128, 64, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3),
+        (128, 64, 4, 1), (128, 64, 4, 2), (256, 64, 8, 1), (256, 64, 8, 2),
     )
 ]  # fmt: skip
 
@@ -443,7 +443,7 @@ def show_cuts(result: Result) -> None:
         label = "now " if cut == default else "best"
         print(
             f"    {label} {result.of_cut[cut] * 1e6:8.1f} us  m {tile.block_m} n {tile.block_n} warps {tile.num_warps} "
-            f"stages {tile.num_stages} programs {cut.programs_per_core} least {cut.least_keys}"
+            f"depth {tile.depth} programs {cut.programs_per_core} least {cut.least_keys}"
         )
 
 
@@ -473,9 +473,8 @@ def write_table(results: list[Result], args: argparse.Namespace) -> None:
             print(
                 f"head size {width}, {'decode' if decode else 'prefill'}: {best}, {losses[best]:.3f} of each one's best"
             )
-            row |= dict(
-                zip(("decode", "programs_per_core", "least_keys") if decode else ("prefill",), best, strict=True)
-            )
+            names = ("decode", "programs_per_core", "least_keys") if decode else ("prefill",)
+            row |= dict(zip(names, best, strict=True))
     TABLE.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in table) + "\n]\n")
 
 
@@ -495,7 +494,7 @@ def main() -> None:
     parser.add_argument("--context", nargs="+", type=int, default=[512, 2048, 8192])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv-dtype")
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--head-major", action="store_true")
     parser.add_argument("--sweep", action="store_true", help="try other cuts of the kernel")
     parser.add_argument("--write", action="store_true", help=f"put the best cuts into {TABLE.name}")

@@ -2,12 +2,16 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+
+# A shell that starts pytest in the background has it ignore interrupts, and whatever a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DUMMY_BASE = '''
 """What the dummy platforms share: a platform that can be probed, made and asked what it can do, and no more."""

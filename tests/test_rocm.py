@@ -112,9 +112,8 @@ def test_tiles(machine: Machine, name: str) -> None:
     assert found == DeviceProperties(cores, shared, wavefront)
     for head_dim, v_head_dim in ((64, 64), (128, 128), (256, 256), (192, 128), (576, 512)):
         tuned = attention_tuning(found, 4, head_dim, v_head_dim, 2, 2)
-        for tile in filter(None, (tuned.decode, tuned.prefill, tuned.bulk)):
-            in_flight = max(1, (tile.num_stages - 1) // 2)
-            assert in_flight * tile.block_n * (head_dim + v_head_dim) * 2 <= shared, (head_dim, tile)
+        for tile in (tuned.decode, tuned.prefill):
+            assert tile.depth * tile.block_n * (head_dim + v_head_dim) * 2 <= shared, (head_dim, tile)
     small = attention_tuning(DeviceProperties(cores, 64 * KIB, wavefront), 4, 128, 128, 2, 2)
     tuned = attention_tuning(found, 4, 128, 128, 2, 2)
     assert (tuned == small) == (shared == 64 * KIB), "more memory is used, and nothing else makes a difference"

@@ -49,6 +49,7 @@ from engine_sdk import (
     TorchAttention,
     TorchDevice,
     TorchExperts,
+    TorchGraphs,
     TorchMemory,
     TorchPlatform,
     UnsupportedCapability,
@@ -565,3 +566,34 @@ def test_plugin_is_light() -> None:
     """It is loaded in every pytest run of the environment."""
     code = f"import sys, {engine_conformance.plugin.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_graphs_share_the_pool_of_those_that_are_alive() -> None:
+    """A pool ends with its last graph, and capturing into one that ended is an error of torch's."""
+    pools: list[object] = []
+
+    class Captured:
+        def pool(self) -> object:
+            return self._pool
+
+        def __init__(self, pool: object) -> None:
+            pools.append(pool)
+            self._pool = pool or object()
+
+        def capture_end(self) -> None:
+            pass
+
+    class Graphs(TorchGraphs):
+        def _begin(self, pool: Any) -> Any:
+            return Captured(pool)
+
+    graphs = Graphs(CpuPlatform().device())
+    first = graphs.capture(lambda: None)
+    second = graphs.capture(lambda: None)
+    del first
+    third = graphs.capture(lambda: None)
+    del second, third
+    graphs.capture(lambda: None)
+    assert pools[0] is None
+    assert pools[1] is pools[2] is not None
+    assert pools[3] is None

@@ -32,9 +32,10 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 class TorchCommunicator(Communicator):
     """Collectives of a process group of torch's.
 
-    `torch.distributed` is initialised by whoever started the processes. On host tensors each call is compared between
-    the ranks before it starts, since gloo ends the process, or returns garbage, where they differ. On an accelerator a
-    comparison would wait for it: there a mismatch ends with the backend's own error or timeout.
+    `torch.distributed` is initialised by whoever started the processes. A call that this group has not made before,
+    with its dtype and shape, is first compared between the ranks, on their hosts: where ranks differ, backends end
+    the process, return garbage, or wait for ever on the device. A call like an earlier one starts at once; but
+    all-to-alls between hosts are always compared, since their sizes change.
 
     Args:
         group: who takes part; only its members call.
@@ -51,6 +52,8 @@ class TorchCommunicator(Communicator):
         self._device = device
         self._open = True
         self._pg: Any = None
+        self._hosts: Any = None
+        self._agreed: set[tuple[Any, ...]] = set()
         if self.size == 1:
             return
         if not dist.is_initialized():
@@ -59,7 +62,9 @@ class TorchCommunicator(Communicator):
                 "start the processes through an executor, or call torch.distributed.init_process_group first"
             )
         with self._running("creation"):
-            self._pg = _make(group, backend or dist.get_default_backend_for_device(device))
+            self._pg = self._hosts = _make(group, backend or dist.get_default_backend_for_device(device))
+            if device.type != "cpu":
+                self._hosts = _make(group, "gloo") if dist.is_gloo_available() else None
 
     @property
     def capturable(self) -> bool:
@@ -82,11 +87,14 @@ class TorchCommunicator(Communicator):
     def _compare(
         self, call: str, x: Tensor, shape: Sequence[int], send: Sequence[int] = (), receive: Sequence[int] = ()
     ) -> None:
-        """On a host: check that every rank makes the same call, and that what one sends is what another expects."""
-        if self._pg is None or self._device.type != "cpu":
+        """Check that every rank makes the same call, and that what one sends is what another expects."""
+        known, on_host = (call, x.dtype, *shape), self._device.type == "cpu"
+        if self._hosts is None or (known in self._agreed and not (send and on_host)):
             return
         mine = _encode([call, str(x.dtype), list(shape), list(send), list(receive)], 256 + 64 * self.size)
-        calls = [_decode(row) for row in self._gather(mine)]
+        every = mine.new_empty(self.size, *mine.shape)
+        _all_gather(every, mine[None], group=self._hosts)
+        calls = [_decode(row) for row in every]
         same = all(c[:3] == calls[0][:3] for c in calls)
         if not same or any(a[3][r] != b[4][s] for s, a in enumerate(calls) for r, b in enumerate(calls) if send):
             shown = "\n".join(
@@ -96,6 +104,7 @@ class TorchCommunicator(Communicator):
                 f"the ranks of group {self.group.role} do not make the same call\n{shown}\n"
                 "remedy: every rank calls the same collectives in the same order, with the same dtypes and shapes"
             )
+        self._agreed.add(known)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Communicator.all_reduce`."""
@@ -176,23 +185,25 @@ class TorchCommunicator(Communicator):
     def send(self, x: Tensor, dst: int) -> None:
         """See `Communicator.send`."""
         with self._running(f"send to {dst}"):
-            if self._device.type == "cpu":
-                dist.send(_encode([str(x.dtype), list(x.shape)]), group_dst=dst, group=self._pg)
+            if self._hosts is not None and (known := ("send", dst, x.dtype, *x.shape)) not in self._agreed:
+                dist.send(_encode([str(x.dtype), list(x.shape)]), group_dst=dst, group=self._hosts)
+                self._agreed.add(known)
             dist.send(x.contiguous(), group_dst=dst, group=self._pg)
 
     def receive(self, like: Tensor, src: int) -> Tensor:
         """See `Communicator.receive`."""
         result = torch.empty_like(like, memory_format=torch.contiguous_format)
         with self._running(f"receive from {src}"):
-            if self._device.type == "cpu":
+            if self._hosts is not None and (known := ("receive", src, like.dtype, *like.shape)) not in self._agreed:
                 expected = _encode([str(like.dtype), list(like.shape)])
                 sent = torch.empty_like(expected)
-                dist.recv(sent, group_src=src, group=self._pg)
+                dist.recv(sent, group_src=src, group=self._hosts)
                 if not sent.equal(expected):
                     raise CommunicatorError(
                         f"receive: rank {src} sent {_decode(sent)}, and {_decode(expected)} is expected\n"
                         "remedy: pass `like` of the shape and dtype that is sent"
                     )
+                self._agreed.add(known)
             dist.recv(result, group_src=src, group=self._pg)
         return result
 
@@ -208,8 +219,9 @@ class TorchCommunicator(Communicator):
     def close(self) -> None:
         """See `Communicator.close`."""
         if self._open and self._pg is not None:
-            dist.destroy_process_group(self._pg)
-        self._open, self._pg = False, None
+            for group in (self._pg, *([] if self._hosts in (self._pg, None) else [self._hosts])):
+                dist.destroy_process_group(group)
+        self._open, self._pg, self._hosts = False, None, None
 
 
 def _make(group: GroupSpec, backend: str) -> Any:

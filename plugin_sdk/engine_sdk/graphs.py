@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,11 @@ class TorchGraph(Graph):
 
 
 class TorchGraphs(GraphRuntime):
-    """Captures on a side stream; all graphs share the first one's memory pool."""
+    """Captures on a side stream; all graphs that are alive share one memory pool."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        self._alive: weakref.WeakSet[TorchGraph] = weakref.WeakSet()
         self._pool: Any = None
 
     @classmethod
@@ -47,11 +49,12 @@ class TorchGraphs(GraphRuntime):
         """See `GraphRuntime.capture`."""
         self._device.synchronize()
         with self._device.side_stream():
-            graph = self._begin(self._pool)
+            graph = self._begin(self._pool if self._alive else None)  # a pool goes with the last graph that uses it
             try:
                 launch()
             finally:
                 graph.capture_end()
-        if self._pool is None:
-            self._pool = graph.pool()
-        return TorchGraph(graph)
+        self._pool = graph.pool()
+        captured = TorchGraph(graph)
+        self._alive.add(captured)
+        return captured

@@ -47,6 +47,13 @@ def test_block_sizes(platform: InterpretedPlatform, block_size: int) -> None:
     check(platform, backend, Case(backend.spec, block_size, ROWS, padding_tokens=3, empty_rows=2))
 
 
+@pytest.mark.parametrize("features", [{}, {"window": 21}, {"chunk": 24}, {"causal": False, "window": 9}])
+def test_tiles_in_one_block(platform: InterpretedPlatform, features: dict[str, Any]) -> None:
+    """Tiles that divide a block begin at multiples of their size, whatever the first key is that a query sees."""
+    backend = TritonAttention(spec(6, 2, **features), tuning=SMALL)
+    check(platform, backend, Case(backend.spec, 32, ROWS))
+
+
 @pytest.mark.parametrize("split", [1, 64])
 @pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize(
@@ -91,5 +98,4 @@ def test_defaults_fit(shared_kib: int, dim: int, itemsize: int) -> None:
     """A device that nobody has tuned for gets tiles that its memory holds."""
     found = attention_tuning(DeviceProperties(64, shared_kib << 10, 32), 4, dim, min(dim, 512), itemsize, itemsize)
     for tile in (found.decode, found.prefill):
-        buffers = max(1, (tile.num_stages - 1) // 2)
-        assert buffers * tile.block_n * 2 * dim * itemsize <= shared_kib << 10
+        assert tile.depth * tile.block_n * 2 * dim * itemsize <= shared_kib << 10

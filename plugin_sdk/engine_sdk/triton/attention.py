@@ -121,8 +121,7 @@ class TritonAttention(AttentionBackend):
     def plan(self, batch: AttentionBatch) -> Plan:
         """Choose grids. Host fields but the limits are not used where the step is captured."""
         device, tuning = self._cut(batch.slots.device)
-        short, long = self._tokens_of(tuning.decode), self._prefill_tile(device, tuning, batch.num_tokens)
-        step = self._tokens_of(long)
+        short, step = self._tokens_of(tuning.decode), self._tokens_of(tuning.prefill)
         if batch.captured:
             num_short = batch.num_requests
             most = batch.max_query_len
@@ -139,7 +138,7 @@ class TritonAttention(AttentionBackend):
         if num_short:
             launches.append(self._launch(batch, device.num_cores, tuning, tuning.decode, num_short, None))
         if num_tiles:
-            launches.append(self._launch(batch, device.num_cores, tuning, long, num_tiles, short))
+            launches.append(self._launch(batch, device.num_cores, tuning, tuning.prefill, num_tiles, short))
         return _Plan(batch.slots, launches)
 
     def _cut(self, device: torch.device) -> tuple[DeviceProperties, AttentionTuning]:
@@ -155,13 +154,6 @@ class TritonAttention(AttentionBackend):
             spec.kv_dtype.itemsize,
         )
         return self._device, self._tuning
-
-    def _prefill_tile(self, device: DeviceProperties, tuning: AttentionTuning, num_tokens: int) -> Tile:
-        """The larger one where there would be two tiles or more for each core."""
-        if tuning.bulk is None:
-            return tuning.prefill
-        tiles = num_tokens // self._tokens_of(tuning.bulk) * self.spec.num_kv_heads
-        return tuning.bulk if tiles >= 2 * device.num_cores else tuning.prefill
 
     def _tokens_of(self, tile: Tile) -> int:
         """Query tokens of a tile."""
@@ -199,6 +191,7 @@ class TritonAttention(AttentionBackend):
             )
         merge_step = heads if longer is None else tile.block_m
         merge_rows = triton.next_power_of_2(merge_step)
+        in_block = batch.block_size % tile.block_n == 0
         return _Launch(
             (head_tiles, items, splits),
             (
@@ -233,7 +226,8 @@ class TritonAttention(AttentionBackend):
                 "MERGE_ROWS": merge_rows,
                 "MERGE_DEPTH": max(1, min(16, _MERGED // (merge_rows * e))),
                 "num_warps": tile.num_warps,
-                "num_stages": tile.num_stages,
+                # Of a tile in several blocks each row's address is looked up an iteration before it is read.
+                "num_stages": 1 + (1 if in_block else 2) * tile.depth,
             },
         )
 

@@ -83,6 +83,7 @@ def _attend_keys(
     table,
     positions,
     slopes,
+    low,
     begin,
     end,
     k_block,
@@ -105,6 +106,9 @@ def _attend_keys(
 ):
     """Attend keys ``[begin, end)``. Without MASKED, all of them, a multiple of BLOCK_N, are seen by all query rows.
 
+    Where BLOCK_N divides BLOCK_SIZE, `begin` is a multiple of it: each tile lies in one block, the first perhaps partly
+    before `low`.
+
     Returns:
         acc [M, E], total [M] and peak [M] of the softmax so far.
     """
@@ -113,16 +117,29 @@ def _attend_keys(
     FACTOR: tl.constexpr = SCALE * LOG2E if PLAIN else 1.0
     d1 = tl.arange(0, D1)
     e = tl.arange(0, E)
+    IN_BLOCK: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+    if IN_BLOCK:  # the next tile's block is looked up while this one is computed
+        next_block = tl.load(table + begin // BLOCK_SIZE, mask=begin < end, other=0)
     for start in range(begin, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         inside = at < end
-        if MASKED:
-            block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        if WINDOW is not None or CHUNK is not None:
+            inside &= at >= low
+        if IN_BLOCK:
+            block = next_block
+            following = start + BLOCK_N
+            next_block = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
+            first = start % BLOCK_SIZE
+            rows = tl.arange(0, BLOCK_N)
+            keys_at = keys + (block.to(tl.int64) * k_block + first * k_token)
+            values_at = values + (block.to(tl.int64) * v_block + first * v_token)
+            k_rows = keys_at + (rows * k_token)[:, None]
+            v_rows = values_at + (rows * v_token)[:, None]
         else:
-            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
-        offset = at % BLOCK_SIZE
+            blocks = tl.load(table + at // BLOCK_SIZE, mask=inside if MASKED else None, other=0 if MASKED else None)
+            k_rows = keys + (blocks.to(tl.int64) * k_block + at % BLOCK_SIZE * k_token)[:, None]
+            v_rows = values + (blocks.to(tl.int64) * v_block + at % BLOCK_SIZE * v_token)[:, None]
 
-        k_rows = keys + (block * k_block + offset * k_token)[:, None]
         k = _load(k_rows + d1[None, :], inside, d1, MASKED, HEAD_DIM, D1).to(q1.dtype)
         scores = tl.dot(q1, tl.trans(k), input_precision="ieee")
         if D2 > 0:
@@ -156,7 +173,6 @@ def _attend_keys(
         total = total * shrink + tl.sum(p, 1)
         peak = higher
 
-        v_rows = values + (block * v_block + offset * v_token)[:, None]
         v = _load(v_rows + e[None, :], inside, e, MASKED, V_HEAD_DIM, E).to(q1.dtype)
         acc = tl.dot(p.to(q1.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, peak
@@ -375,14 +391,16 @@ def attend(
 
     active = 1
     begin = low
+    if BLOCK_SIZE % BLOCK_N == 0:
+        begin = low // BLOCK_N * BLOCK_N
     end = high
     if SPLIT:
-        iterations = tl.cdiv(high - low, BLOCK_N)
+        iterations = tl.cdiv(high - begin, BLOCK_N)
         share = tl.maximum(tl.cdiv(iterations, tl.num_programs(2)), least)
         active = tl.cdiv(iterations, share)
         if tl.program_id(2) >= active:
             return
-        begin = low + tl.program_id(2) * share * BLOCK_N
+        begin += tl.program_id(2) * share * BLOCK_N
         end = tl.minimum(high, begin + share * BLOCK_N)
 
     rows = tl.arange(0, BLOCK_M)
@@ -427,6 +445,7 @@ def attend(
                 table + request.to(tl.int64) * table_row,
                 positions,
                 row_slopes,
+                low,
                 begin if phase == 0 else (inner_begin if phase == 1 else inner_end),
                 inner_begin if phase == 0 else (inner_end if phase == 1 else end),
                 k_block,

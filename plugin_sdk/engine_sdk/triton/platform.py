@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Mapping
+from typing import Any
 
 from engine.errors import PlatformUnavailableError
 from engine.interfaces import (
@@ -12,6 +14,7 @@ from engine.interfaces import (
     AttentionSpec,
     Capabilities,
     CompilerOptions,
+    ConfigPatch,
     ExpertsMethod,
     ExpertsSpec,
     OpSet,
@@ -50,6 +53,11 @@ class TritonPlatform(TorchPlatform):
         if not TritonAttention.supports(spec):  # a bias by distance, in layers whose steps are never captured
             return super().attention(spec)
         return TritonAttention(spec, declared=declared)
+
+    def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
+        """Blocks as long as the kernels' tiles, each of which is then read in one piece."""
+        patch = super().configure(options)
+        return dataclasses.replace(patch, defaults={"block_size": 64, **patch.defaults})
 
     def ops(self) -> OpSet:
         """Those of `triton_ops`."""

@@ -44,12 +44,12 @@ def device_properties(device: torch.device) -> DeviceProperties:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: query rows and keys of a tile, warps of a program, iterations in flight."""
+    """How a kernel is cut: query rows and keys of a tile, warps of a program, iterations that load ahead."""
 
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,12 @@ class AttentionTuning:
     Attributes:
         decode: tile of requests with few tokens.
         prefill: tile of others.
-        bulk: the same in steps with so many tokens that larger tiles still keep the device busy; None: `prefill`.
         programs_per_core: programs that keep a core busy; keys are split until there are as many.
         least_keys: that are worth a program of their own.
     """
 
     decode: Tile
     prefill: Tile
-    bulk: Tile | None = None
     programs_per_core: int = 4
     least_keys: int = 128
 
@@ -90,9 +88,9 @@ def attention_tuning(
     for row in _table():
         if row | where == row:
             found: dict[str, Any] = {name: value for name, value in row.items() if name not in where}
-            found |= {name: Tile(*found[name]) for name in ("prefill", "bulk") if name in found}
-            if "decode" in found:  # a larger group needs more rows than the one that was measured
-                found["decode"] = replace(Tile(*found["decode"]), block_m=_decode_rows(group, itemsize))
+            found |= {name: Tile(*found[name]) for name in ("decode", "prefill") if name in found}
+            if "decode" in found and found["decode"].block_m < _decode_rows(group, itemsize):
+                del found["decode"]  # the group is larger than any that was measured
             return replace(default, **found)
     return default
 
@@ -116,13 +114,12 @@ def _default(
     heads = min(_decode_rows(group, itemsize), 32 if width > 1024 else 64)
 
     def fit(block_m: int, block_n: int, num_warps: int, depth: int) -> Tile:
-        # Queries lie in shared memory, and the keys and values of each iteration in flight. Their addresses come from
-        # the block table, read an iteration earlier: an iteration in flight takes two stages, and one computes.
+        # Queries lie in shared memory, and the keys and values of each iteration in flight.
         room = device.shared_bytes - block_m * width * itemsize // 2
         tile = width * max(kv_itemsize, 2)
         while block_n > 16 and block_n * tile > room:
             block_n //= 2
-        return Tile(block_m, block_n, num_warps, 1 + 2 * max(1, min(depth, room // (block_n * tile))))
+        return Tile(block_m, block_n, num_warps, max(1, min(depth, room // (block_n * tile))))
 
     decode = fit(heads, 64, 4 if width <= 512 else 8, 2)
     rows = 32 if itemsize > 2 else 64 if wide else 128
