@@ -25,8 +25,10 @@ from engine_cpu import CpuPlatform, native, swaps, threads
 from engine_cpu.attention import CpuAttention
 from engine_cpu.linear import PackedLinear
 from engine_cpu.operations import Operations
+from engine_cpu.quantised import CpuQuantized
+from engine_cpu.quantised import Packed as CpuPacked
 from engine_mutation.host import HostPlatform
-from engine_sdk import REFERENCE_OPS, AttentionSpec, TorchAttention
+from engine_sdk import REFERENCE_OPS, AttentionSpec, QuantScheme, QuantWeight, TorchAttention
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler"
@@ -62,6 +64,8 @@ def cases() -> list[Case]:
         {"sinks": True},
         {"alibi": True},
         {"causal": False},
+        {"causal": False, "window": 40},
+        {"causal": False, "relative": 20},
     ):
         found.append(Case(spec(**change), 32, ROWS, mode="sharp", memory="fused", lse=True))
         found.append(Case(spec(torch.float32, **change), 48, ROWS, mode="sharp", memory="transposed", lse=True))
@@ -80,7 +84,70 @@ def arena() -> Arena:
 
 @needs_compiler
 def test_kernels_are_what_runs() -> None:
-    assert isinstance(CpuPlatform().attention(spec()), CpuAttention)
+    for asked in (spec(), spec(causal=False, window=3), spec(causal=False, relative=3)):
+        assert isinstance(CpuPlatform().attention(asked), CpuAttention), asked
+
+
+def check_products(kernels: ctypes.CDLL) -> None:
+    """Packed products are right, have one row's bits for any number of rows, and touch nothing that is not theirs."""
+    method, draw = PackedLinear(kernels), torch.Generator().manual_seed(0)
+    for outputs, width in ((64, 64), (100, 96), (5, 40), (33, 31), (40, 520)):
+        weight, bias = (torch.randn(shape, generator=draw).bfloat16() for shape in ((outputs, width), (outputs,)))
+        x = torch.full((68, width), torch.nan).bfloat16()  # what is read beyond the rows shows in the result
+        x[1:-1] = torch.randn(66, width, generator=draw)
+        for some in (None, bias):
+            packed = method.pack(weight, some)
+            assert packed.product is not None
+            whole = method.apply(x[1:-1], packed)
+            want = F.linear(x[1:-1].double(), weight.double(), None if some is None else some.double())
+            scale = F.linear(x[1:-1].double().abs(), weight.double().abs())
+            assert bool(((whole - want).abs() <= 2**-8 * want.abs() + 2**-20 * scale).all()), (outputs, width)
+            for rows in (0, 1, 2, 15, 16, 17, 31, 32, 33, 49, 65):
+                guarded = torch.full((rows + 2, outputs), 7.0).bfloat16()
+                last, out = x[-1 - rows : -1], guarded[1 : rows + 1]
+                method.multiply(last, packed.product, out)
+                assert torch.equal(out, whole[66 - rows :]), (outputs, width, rows)
+                assert bool((guarded[[0, -1]] == 7).all()), (outputs, width, rows)
+            ids = torch.randint(outputs, (2, 9), generator=draw)
+            assert torch.equal(method.look_up(ids, packed), weight[ids])
+            for beyond in (-1, outputs):
+                with pytest.raises(IndexError, match="1 token ids"):
+                    method.look_up(torch.tensor([0, beyond]), packed)
+
+
+def check_quantised(kernels: ctypes.CDLL) -> None:
+    """Quantised products are right, with zeros too, and have one row's bits for any number of rows."""
+    draw = torch.Generator().manual_seed(0)
+    for bits, outputs, width, group in (
+        *((4, 96, 256, 32), (4, 33, 128, 128), (4, 70, 384, 64)),
+        *((8, 5, 64, None), (8, 40, 416, None), (8, 64, 256, 128)),
+    ):
+        scheme = QuantScheme(f"int{bits}", bits, group)
+        method, groups = CpuQuantized(scheme, kernels), width // (group or width)
+        limit = 1 << (bits - 1)
+        values, zeros = (
+            torch.randint(-limit, limit, size, generator=draw).to(torch.int8)
+            for size in ((outputs, width), (outputs, groups))
+        )
+        for dtype, some in zip(DTYPES, (None, zeros, zeros), strict=True):
+            scales = torch.rand(outputs, groups, generator=draw).to(dtype)
+            packed = method.pack_quantized(QuantWeight(values, scales, some), None)
+            assert isinstance(packed, CpuPacked)
+            shifted = values.double() - (0 if some is None else some.double().repeat_interleave(width // groups, 1))
+            weight = shifted * scales.double().repeat_interleave(width // groups, 1)
+            ids = torch.tensor([[outputs - 1, 0]])
+            torch.testing.assert_close(method.rows(ids, packed).double(), weight[ids], rtol=1e-6, atol=0)
+            x = torch.full((74, width), torch.nan).to(dtype)  # what is read beyond the rows shows in the result
+            x[1:-1] = torch.randn(72, width, generator=draw)
+            whole, want = method.apply(x[1:-1], packed), x[1:-1].double() @ weight.T
+            spread = (values.double().abs() + 2 * limit) * scales.double().repeat_interleave(width // groups, 1)
+            bound = torch.finfo(dtype).eps * want.abs() + 2**-20 * (x[1:-1].double().abs() @ spread.T)
+            assert bool(((whole - want).abs() <= bound).all()), (bits, outputs, dtype)
+            for rows in (0, 1, 2, 15, 16, 17, 32, 33, 65):
+                guarded = torch.full((rows + 2, outputs), 7.0).to(dtype)
+                method.multiply(x[-1 - rows : -1], packed, guarded[1 : rows + 1])
+                assert torch.equal(guarded[1:-1], whole[72 - rows :]), (bits, outputs, dtype, rows)
+                assert bool((guarded[[0, -1]] == 7).all()), (bits, outputs, dtype, rows)
 
 
 @needs_compiler
@@ -92,18 +159,24 @@ def test_every_instruction_set_agrees_with_the_reference(flags: str, tmp_path: P
     platform.kernels = ctypes.CDLL(str(native.build(["-O1", *flags.split()], tmp_path)))
     for case in cases():
         check(platform, platform.attention(case.spec), case)
+    check_products(platform.kernels)
+    check_quantised(platform.kernels)
+    check_operations(Operations(platform.kernels))
 
 
 SANITIZED = """
 import sys
 sys.path[:0] = [sys.argv[2]]
 import ctypes
-from test_cpu import BuiltPlatform, cases
+from test_cpu import BuiltPlatform, Operations, cases, check_operations, check_products, check_quantised
 from engine_conformance.arena import check
 platform = BuiltPlatform()
 platform.kernels = ctypes.CDLL(sys.argv[1])
 for case in cases():
     check(platform, platform.attention(case.spec), case)
+check_products(platform.kernels)
+check_quantised(platform.kernels)
+check_operations(Operations(platform.kernels))
 print("all is well")
 """
 
@@ -238,32 +311,62 @@ def operations() -> Operations:
     return Operations(kernels)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operations_take_views(operations: Operations, dtype: torch.dtype) -> None:
-    whole = torch.randn(5, 3, 2 * 72, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weight = torch.randn(72).to(dtype)
-    close: dict[str, Any] = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
-    for x in (whole[..., :72], whole[:, 1, 72:], whole[0, 0, :72], whole[None, :, None, :, 72:], whole[:0, :, :72]):
-        torch.testing.assert_close(
-            operations.rms_norm(x, weight, 1e-6), REFERENCE_OPS.rms_norm(x, weight, 1e-6), **close
-        )
-    gate, up = whole.split(72, -1)
-    torch.testing.assert_close(operations.silu_and_mul(gate, up), REFERENCE_OPS.silu_and_mul(gate, up), **close)
-    extreme = torch.tensor([-1e4, -0.0, 0.0, 1e4, torch.inf, torch.nan]).to(dtype)
-    ones = torch.ones_like(extreme)
-    assert operations.silu_and_mul(extreme, ones).isnan().tolist() == (F.silu(extreme) * ones).isnan().tolist()
+def check_operations(operations: Operations) -> None:
+    """Operations on rows take views of all kinds, and agree with the references."""
+    for dtype in DTYPES:
+        whole = torch.randn(5, 3, 2 * 72, generator=torch.Generator().manual_seed(0)).to(dtype)
+        weight = torch.randn(72).to(dtype)
+        close: dict[str, Any] = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+        for x in (whole[..., :72], whole[:, 1, 72:], whole[0, 0, :72], whole[None, :, None, :, 72:], whole[:0, :, :72]):
+            torch.testing.assert_close(
+                operations.rms_norm(x, weight, 1e-6), REFERENCE_OPS.rms_norm(x, weight, 1e-6), **close
+            )
+        gate, up = whole.split(72, -1)
+        torch.testing.assert_close(operations.silu_and_mul(gate, up), REFERENCE_OPS.silu_and_mul(gate, up), **close)
+        extreme = torch.tensor([-1e4, -0.0, 0.0, 1e4, torch.inf, torch.nan]).to(dtype)
+        ones = torch.ones_like(extreme)
+        assert operations.silu_and_mul(extreme, ones).isnan().tolist() == (F.silu(extreme) * ones).isnan().tolist()
+        q, k = whole[None, ..., :72].transpose(1, 2), whole[None, :, :1, 72:].transpose(1, 2)
+        cos, sin = torch.randn(2, 1, 5, 72).to(dtype)
+        assert operations.turned(q, k, cos, sin) is not None
+        assert operations.turned(q, k, cos[..., :36], sin[..., :36]) is None, "only a part of it is turned"
+        for got, want in zip(operations.rotary(q, k, cos, sin), rotated(q, k, cos, sin), strict=True):
+            torch.testing.assert_close(got, want, rtol=close["rtol"], atol=4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize(("outputs", "width"), [(16, 32), (100, 96), (1000, 256), (5, 64), (64, 40)])
-def test_products_with_few_rows(operations: Operations, outputs: int, width: int) -> None:
-    weight = torch.randn(outputs, width).bfloat16()
-    for shape in ((1, width), (3, width), (2, 8, width), (33, width), (64, width), (65, width), (0, width)):
-        x = torch.randn(shape).bfloat16()
-        got, want = operations.few_rows(x, weight), x.double() @ weight.double().T
-        assert got.shape == want.shape
-        assert bool(((got.double() - want).abs() <= 2**-8 * want.abs() + 1e-4).all()), shape
-        if x.shape[:1] == (3,):
-            assert torch.equal(operations.few_rows(x[:1], weight), got[:1]), "a row's bits depend on the others"
+def rotated(*inputs: Tensor) -> list[Tensor]:
+    """The reference, rounded once."""
+    return [x.to(inputs[0].dtype) for x in REFERENCE_OPS.rotary(*(x.double() for x in inputs))]
+
+
+def test_operations_agree_with_the_references(operations: Operations) -> None:
+    check_operations(operations)
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    return REFERENCE_OPS.rotary(q, k, cos, sin)
+
+
+class Turns(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def test_rotary_functions_are_exchanged_where_they_compute_the_same(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [torch.randn(1, *shape) for shape in ((4, 3, 64), (2, 3, 64), (3, 64), (3, 64))]
+    made: list[Tensor] = []
+    monkeypatch.setattr(Operations, "turned", lambda *args: made.append(args[1]))
+    for function, same in ((apply_rotary_pos_emb, True), (lambda q, k, cos, sin: (q * cos[0], k), False)):
+        monkeypatch.setitem(globals(), "apply_rotary_pos_emb", function)
+        model = nn.ModuleList([Turns()])
+        want = model[0](*inputs)
+        swaps.engine_swaps()["cpu"](model, None, True)[0].pack(PackedLinear())
+        made.clear()
+        for got, right in zip(model[0](*inputs), want, strict=True):  # what the kernel does not take is the function's
+            torch.testing.assert_close(got, right)
+        assert len(made) == same
 
 
 def test_parts_are_exchanged_where_they_compute_the_same(operations: Operations) -> None:
@@ -300,18 +403,42 @@ def test_parts_are_exchanged_where_they_compute_the_same(operations: Operations)
 # Linear layers.
 
 
+def test_a_weight_shared_with_an_embedding_is_packed_once(operations: Operations) -> None:
+    class Model(nn.Module):
+        def __init__(self, shared: int) -> None:
+            super().__init__()
+            self.embed, self.head, self.other = nn.Embedding(100, 64), nn.Linear(64, 100, bias=False), nn.Module()
+            if shared > 0:
+                self.head.weight = self.embed.weight
+            if shared > 1:
+                self.other.weight = self.embed.weight
+
+    method, ids = CpuPlatform().linear(None), torch.tensor([[0, 99, 5]])
+    for shared, packs in ((0, False), (1, True), (2, False)):
+        model = Model(shared).bfloat16()
+        x = model.embed(ids)
+        want = model.head(x)
+        swaps.engine_swaps()["cpu"](model, None, True)[0].pack(method)
+        assert torch.equal(model.embed(ids), x)
+        torch.testing.assert_close(model.head(x), want)
+        assert model.embed.weight.is_meta == packs == model.head.weight.is_meta, shared
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_packed_weights_are_the_only_copy(dtype: torch.dtype) -> None:
-    weight, bias = torch.randn(48, 40, dtype=dtype), torch.randn(48, dtype=dtype)
-    method = PackedLinear()
+@pytest.mark.parametrize("ours", [False, True])
+def test_packed_weights_are_the_only_copy(dtype: torch.dtype, ours: bool, operations: Operations) -> None:
+    weight, bias = torch.randn(64, 96, dtype=dtype), torch.randn(64, dtype=dtype)
+    method = CpuPlatform().linear(None) if ours else PackedLinear()
+    assert isinstance(method, PackedLinear)
     packed = method.pack(weight, bias)
-    for shape in ((40,), (1, 40), (2, 3, 40), (70, 40), (0, 40), (2, 0, 40)):
+    for shape in ((96,), (1, 96), (2, 3, 96), (70, 96), (0, 96), (2, 0, 96)):
         x = torch.randn(shape, dtype=dtype)
         got = method.apply(x, packed)
-        assert got.shape == (*shape[:-1], 48)
+        assert got.shape == (*shape[:-1], 64)
         torch.testing.assert_close(got, F.linear(x, weight, bias))
-    held = [t for t in vars(packed).values() if isinstance(t, Tensor) and t.shape == weight.shape]
-    assert len(held) == 1
+    assert (packed.product is not None) == (ours and dtype == torch.bfloat16)
+    held = [t for t in vars(packed).values() if isinstance(t, Tensor)]
+    assert sum(t.numel() for t in held) == weight.numel() + bias.numel()
 
 
 # Threads.

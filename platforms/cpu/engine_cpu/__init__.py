@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,16 @@ import torch
 
 from engine_cpu import linear, native, threads
 from engine_cpu.attention import CpuAttention
+from engine_cpu.memory import HostMemory
 from engine_cpu.operations import Operations
+from engine_cpu.quantised import CpuQuantized
 from engine_sdk import (
     AttentionBackend,
     AttentionSpec,
     Capabilities,
     ConfigPatch,
     LinearMethod,
+    MemoryManager,
     OpSet,
     Probe,
     QuantScheme,
@@ -60,17 +64,33 @@ class CpuPlatform(TorchPlatform):
         return CpuAttention(spec, kernels, declared)
 
     def ops(self) -> OpSet:
-        """Norm and gated activation in one pass over memory, where kernels are built."""
+        """Norm, gated activation and rotary embedding in one pass over memory, where kernels are built."""
         if (kernels := native.library()) is None:
             return super().ops()
         mine = Operations(kernels)
         return dataclasses.replace(
-            super().ops(), rms_norm=mine.rms_norm, add_rms_norm=mine.add_rms_norm, silu_and_mul=mine.silu_and_mul
+            super().ops(),
+            rms_norm=mine.rms_norm,
+            add_rms_norm=mine.add_rms_norm,
+            silu_and_mul=mine.silu_and_mul,
+            rotary=mine.rotary,
         )
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
-        """A `PackedLinear` for ordinary weights, where this torch has oneDNN."""
-        return linear.PackedLinear() if scheme is None and linear.available() else super().linear(scheme)
+        """A `PackedLinear`, where kernels are built or this torch has oneDNN; a `CpuQuantized`, where they are."""
+        kernels = native.library()
+        if scheme is None and (kernels is not None or linear.available()):
+            return linear.PackedLinear(kernels)
+        method = super().linear(scheme)
+        return CpuQuantized(scheme, kernels) if scheme is not None and kernels is not None else method
+
+    def memory(self) -> MemoryManager:
+        """A `HostMemory`."""
+        return self._host_memory
+
+    @functools.cached_property
+    def _host_memory(self) -> MemoryManager:
+        return HostMemory(self.device())
 
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
         """Sizes for a host.

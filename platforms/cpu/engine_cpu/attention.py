@@ -99,8 +99,6 @@ class CpuAttention(AttentionBackend):
         for dtype in (spec.dtype, spec.kv_dtype):
             if dtype not in DTYPES:
                 return Verdict.no(f"there is no kernel for {dtype}; use float32, bfloat16 or float16")
-        if (spec.window is not None and not spec.causal) or spec.relative is not None:
-            return Verdict.no("there is no kernel for windows that reach ahead, or for a bias by distance")
         return TorchAttention.supports(spec)
 
     def layout(self, block_size: int) -> KVLayout:

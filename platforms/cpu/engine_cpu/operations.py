@@ -1,31 +1,16 @@
-"""Norm, gated activation, and products with few rows, through the kernels in ``kernels/operations.cpp``."""
+"""Norm, gated activation and rotary embedding through the kernels in ``kernels/operations.cpp``."""
 
 from __future__ import annotations
 
 import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine_cpu.attention import DTYPES
 from engine_sdk import REFERENCE_OPS
 
-MOST_ROWS = 64
-"""Of a product that reads weights row by row; more rows are worth another order."""
-
-_LEAST_OUTPUTS = 16
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("outer_stride", ctypes.c_int64), ("inner_stride", ctypes.c_int64)]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("outer", "inner", "width")),
-        *((name, ctypes.c_int32) for name in ("dtype", "num_threads")),
-    ]
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 class Operations:
@@ -33,12 +18,13 @@ class Operations:
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._rms_norm = kernels.engine_rms_norm
-        self._rms_norm.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_float]
+        self._rms_norm.argtypes = [*[_POINTER] * 3, *[_LONG] * 5, ctypes.c_float, *[_INT] * 2]
         self._silu_and_mul = kernels.engine_silu_and_mul
-        self._silu_and_mul.argtypes = [ctypes.c_void_p] * 4
-        self._few_rows = kernels.engine_few_rows
-        self._few_rows.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int32]
-        self.multiplies_bf16 = bool(kernels.engine_multiplies_bf16())
+        self._silu_and_mul.argtypes = [*[_POINTER] * 3, *[_LONG] * 7, *[_INT] * 2]
+        self._rotary = kernels.engine_rotary
+        self._rotary.argtypes = [*[_POINTER] * 4, *[_LONG] * 5, *[_INT] * 2]
+        for function in (self._rms_norm, self._silu_and_mul, self._rotary):
+            function.restype = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `OpSet.rms_norm`."""
@@ -46,8 +32,7 @@ class Operations:
         if rows is None or weight.dtype != x.dtype or not weight.is_contiguous():
             return REFERENCE_OPS.rms_norm(x, weight, eps)
         out = torch.empty(x.shape, dtype=x.dtype)
-        shape, place = _shape(rows), _Rows(*_place(rows))
-        self._rms_norm(ctypes.addressof(shape), ctypes.addressof(place), weight.data_ptr(), out.data_ptr(), eps)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *rows, eps, *_kind(x))
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -58,45 +43,55 @@ class Operations:
     def silu_and_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """See `OpSet.silu_and_mul`."""
         rows, others = _rows(gate), _rows(up)
-        if rows is None or others is None or gate.shape != up.shape or gate.dtype != up.dtype:
+        if rows is None or others is None or rows[:3] != others[:3] or gate.shape != up.shape or gate.dtype != up.dtype:
             return REFERENCE_OPS.silu_and_mul(gate, up)
         out = torch.empty(gate.shape, dtype=gate.dtype)
-        shape, first, second = _shape(rows), _Rows(*_place(rows)), _Rows(*_place(others))
-        self._silu_and_mul(*map(ctypes.addressof, (shape, first, second)), out.data_ptr())
+        self._silu_and_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), *rows, *others[3:], *_kind(gate))
         return out
 
-    def few_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x @ weight.T`` for weights that stay row by row, as those of an embedding must."""
-        rows = x.numel() // max(1, x.shape[-1])
-        takes = 0 < rows <= MOST_ROWS and x.dtype == weight.dtype == torch.bfloat16 and x.shape[-1] % 32 == 0
-        if not (takes and self.multiplies_bf16 and weight.is_contiguous() and weight.shape[0] >= _LEAST_OUTPUTS):
-            return F.linear(x, weight)
-        x, outputs = x.contiguous(), weight.shape[0]
-        out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
-        self._few_rows(
-            *(x.data_ptr(), weight.data_ptr(), out.data_ptr()),
-            *(rows, outputs, x.shape[-1], torch.get_num_threads()),
+    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OpSet.rotary`."""
+        return self.turned(q, k, cos, sin) or REFERENCE_OPS.rotary(q, k, cos, sin)
+
+    def turned(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`rotary`, results lying token by token, as attention reads them; None for what the kernel does not take."""
+        turned_q, turned_k = self._turn(q, cos, sin), self._turn(k, cos, sin)
+        return None if turned_q is None or turned_k is None else (turned_q, turned_k)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """One of the two, [..., H, N, D]: what the kernel takes is of one batch, and turned in all of D."""
+        *before, heads, tokens, width = x.shape
+        same = cos.shape == sin.shape == (*before, tokens, width) and cos.dtype == sin.dtype == x.dtype in DTYPES
+        if not same or not x.numel() or x.numel() != heads * tokens * width or x.stride(-1) != 1 or width % 2:
+            return None
+        out = torch.empty(*before, tokens, heads, width, dtype=x.dtype)
+        place = x.stride(-3), x.stride(-2)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        self._rotary(
+            *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()), heads, tokens, width, *place, *_kind(x)
         )
-        return out
+        return out.transpose(-2, -3)
 
 
-def _rows(x: Tensor) -> Tensor | None:
-    """`x` as [outer, inner, width] without a copy; None where it is none of ours, or cannot be seen so."""
+def _rows(x: Tensor) -> tuple[int, int, int, int, int] | None:
+    """`x` as rows [outer, inner, width], and the strides of the first two; None where it cannot be seen so."""
     if x.dtype not in DTYPES or not x.numel() or x.dim() < 1 or x.stride(-1) != 1:
         return None
-    while x.dim() < 3:
-        x = x[None]
-    if x.dim() > 3:
-        lengths = [i for i in range(x.dim() - 2) if x.shape[i] > 1]
-        if len(lengths) > 1 and not x.is_contiguous():
-            return None
-        x = x.flatten(0, -3)  # a view: dimensions of one element fold into any other
-    return x
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return 1, x.numel() // width, width, 0, width
+    found: list[tuple[int, int]] = []  # sizes and strides, those that go on where the next begins as one
+    for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
+        if found and found[-1][1] == size * stride:
+            found[-1] = found[-1][0] * size, stride
+        elif size > 1:
+            found.append((size, stride))
+    if len(found) > 2:
+        return None
+    (outer, outer_stride), (inner, inner_stride) = [(1, 0)] * (2 - len(found)) + found
+    return outer, inner, width, outer_stride, inner_stride
 
 
-def _place(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _shape(x: Tensor) -> _Shape:
-    return _Shape(*x.shape, DTYPES[x.dtype], torch.get_num_threads())
+def _kind(x: Tensor) -> tuple[int, int]:
+    """The last arguments of all kernels here."""
+    return DTYPES[x.dtype], torch.get_num_threads()

@@ -6,8 +6,10 @@ model computes what the kernel computes: the name of its class proposes, a compa
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from engine_sdk import LinearMethod, hookimpl
 
 if TYPE_CHECKING:
+    from engine_cpu.linear import PackedLinear
     from engine_cpu.operations import Operations
 
 
@@ -43,7 +46,8 @@ class _Parts:
         if not isinstance(method, PackedLinear) or (kernels := native.library()) is None:
             return
         operations = Operations(kernels)
-        self._shared_linears(operations)
+        self._shared(method)
+        self._rotations(operations)
         for kinds in ("RMSNorm", "MLP"):
             found = [m for m in self._model.modules() if type(m).__name__.endswith(kinds)]
             swap = {"RMSNorm": self._norm, "MLP": self._gated}[kinds]
@@ -66,18 +70,65 @@ class _Parts:
         assert down is not None
         _exchange(module, lambda x: down(operations.silu_and_mul(gate(x), up(x))), gate.in_features, gate.weight.dtype)
 
-    def _shared_linears(self, operations: Operations) -> None:
-        """Linear layers that share their weight with an embedding, which keeps it row by row."""
-        embedded = {id(m.weight) for m in self._model.modules() if isinstance(m, nn.Embedding)}
+    def _shared(self, method: PackedLinear) -> None:
+        """Pack weights that embeddings and linear layers share, where nothing else has them."""
+        users: dict[Tensor, list[nn.Module]] = {}
         for module in self._model.modules():
-            if type(module) is nn.Linear and id(module.weight) in embedded and module.bias is None:
-                weight = module.weight
-                _exchange(
-                    module,
-                    lambda x, weight=weight: operations.few_rows(x, weight),
-                    module.in_features,
-                    weight.dtype,
-                )
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(parameter, []).append(module)
+        for weight, modules in users.items():
+            own = [m for m in modules if "forward" not in vars(m)]  # a rank's share of a table has another
+            embeddings = [m for m in own if type(m) is nn.Embedding and m.max_norm is None]
+            linears = [m for m in own if type(m) is nn.Linear and m.bias is None]
+            if not embeddings or not linears or len(embeddings) + len(linears) < len(modules):
+                continue
+            packed = method.pack(weight.data, None)
+            if packed.product is None:
+                continue
+            shape = nn.Parameter(weight.data.to("meta"), requires_grad=False)  # and dtype, for code that asks for them
+            for module in modules:
+                forward = method.look_up if module in embeddings else method.apply
+                module.forward, module.weight = functools.partial(forward, packed=packed), shape
+
+    def _rotations(self, operations: Operations) -> None:
+        """Attention that turns queries and keys by a function of its own file: let it find the kernel under that name.
+
+        Where the kernel does not take what it is called with, the function serves.
+        """
+        changed: dict[type, FunctionType | None] = {}
+        for module in self._model.modules():
+            method = type(module).forward
+            if isinstance(method, FunctionType) and _ROTARY in method.__code__.co_names:
+                if type(module) not in changed:
+                    changed[type(module)] = _with_rotary(method, operations)
+                if (forward := changed[type(module)]) is not None:
+                    module.forward = MethodType(forward, module)
+
+
+_ROTARY = "apply_rotary_pos_emb"
+"""What Transformers' models call the function."""
+
+
+def _with_rotary(method: FunctionType, operations: Operations) -> FunctionType | None:
+    """`method` with the kernel in place of the function; None unless they give the same on random numbers."""
+    function: Any = method.__globals__.get(_ROTARY)
+    draw = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(1, *shape, generator=draw) for shape in ((4, 3, 64), (2, 3, 64), (3, 64), (3, 64)))
+    try:
+        want, got = function(q, k, cos, sin), operations.rotary(q, k, cos, sin)
+        if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(want, got, strict=True)):
+            return None
+    except (RuntimeError, TypeError, ValueError):  # it is something else
+        return None
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = None if args or kwargs else operations.turned(q, k, cos, sin)
+        return plain or function(q, k, cos, sin, *args, **kwargs)
+
+    space = {**method.__globals__, _ROTARY: rotary}
+    made = FunctionType(method.__code__, space, method.__name__, method.__defaults__, method.__closure__)
+    made.__kwdefaults__ = method.__kwdefaults__
+    return made
 
 
 _CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

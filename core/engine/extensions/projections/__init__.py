@@ -17,7 +17,7 @@ def engine_swaps() -> Mapping[str, Callable[..., Any]]:
     return {"projections": _fuse}
 
 
-def _fuse(model: Any, seen: Any, packs: bool) -> Any:
+def _fuse(model: Any, seen: Any, linear: Any) -> Any:
     from engine.extensions.projections.fuse import fuse
 
-    return fuse(model, seen, all_linears=packs)
+    return fuse(model, seen, linear)

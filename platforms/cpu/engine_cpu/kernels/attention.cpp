@@ -62,8 +62,6 @@ constexpr int PADDING = 16;  // E', and the scores of a block, are multiples of 
 
 constexpr int ceil_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-template <class C> constexpr int PAIR = std::is_same_v<C, bf16> ? 2 : 1;
-
 template <class C> struct Shape {  // of a cache of C
   int D, E, B, scores;                   // padded; scores: that a block gives
   int64_t key_head, value_head, values;  // elements: from head to head, and where values begin
@@ -73,69 +71,83 @@ template <class C> struct Shape {  // of a cache of C
         key_head(int64_t(D) * B), value_head(int64_t(E) * B), values(key_head * s.num_kv_heads) {}
 };
 
-// Writing: a head's tokens one after the other, as those of a block share its lines of memory.
+// Writing: a head's tokens one after the other, as those of a block share its lines of memory; 16 at a time where they
+// fill whole lines.
 
-template <class S, class C> INLINE C converted(S x) {
-  if constexpr (std::is_same_v<S, C>) return x;  // bits are kept
-  C y;
-  from_float(to_float(x), &y);
-  return y;
-}
+constexpr int RUN = 16;
 
-template <class S, class C> void write(const Spec& s, const Step& step, const Call& call) {
-  const Shape<C> shape(s);
-  constexpr int P = PAIR<C>;
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < step.num_tokens * s.num_kv_heads; i++) {
-    const int64_t n = i % step.num_tokens, head = i / step.num_tokens, block = step.slots[n] / s.block_size;
+template <class S, class C> struct Writer {
+  const Spec& s;
+  const Step& step;
+  const Call& call;
+  const Shape<C> shape;
+  static constexpr int P = PAIR<C>;
+  static constexpr bool COPIES = P == 2 && std::is_same_v<S, C>;  // pairs of bits are moved as they are
+
+  const S* key(int64_t n, int64_t head) const { return (const S*)call.k + n * call.k_token + head * call.k_head; }
+  const S* value(int64_t n, int64_t head) const { return (const S*)call.v + n * call.v_token + head * call.v_head; }
+  C* place(int64_t n) const { return (C*)(call.cache + step.slots[n] / s.block_size * call.block_bytes); }
+
+  void one(int64_t n, int64_t head) const {
     const int at = int(step.slots[n] % s.block_size);
-    C* base = (C*)(call.cache + block * call.block_bytes);
-    const S* k = (const S*)call.k + n * call.k_token + head * call.k_head;
-    C* keys = base + head * shape.key_head + at * P;
-    for (int d = 0; d < shape.D; d++)
+    const S *k = key(n, head), *v = value(n, head);
+    C* keys = place(n) + head * shape.key_head + at * P;
+    int d = 0;
+    if constexpr (COPIES)
+      for (; d + 2 <= s.head_dim; d += 2) std::memcpy((void*)(keys + int64_t(d) * shape.B), k + d, sizeof(C) * 2);
+    for (; d < shape.D; d++)
       keys[int64_t(d / P) * shape.B * P + d % P] = d < s.head_dim ? converted<S, C>(k[d]) : C{};
-    const S* v = (const S*)call.v + n * call.v_token + head * call.v_head;
-    C* values = base + shape.values + head * shape.value_head + int64_t(at / P) * shape.E * P + at % P;
+    C* values = place(n) + shape.values + head * shape.value_head + int64_t(at / P) * shape.E * P + at % P;
     for (int e = 0; e < s.v_head_dim; e++) values[e * P] = converted<S, C>(v[e]);
   }
-}
 
-// Products on vectors. A row's elements are float, or bf16 where the processor multiplies these.
+  bool fills_lines(int64_t n, int64_t end) const {
+    if (!COPIES || n + RUN > end || s.head_dim % 2 || s.block_size % RUN || step.slots[n] % RUN) return false;
+    for (int i = 1; i < RUN; i++)
+      if (step.slots[n + i] != step.slots[n] + i) return false;
+    return true;
+  }
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int MOST_ROWS = 8, MOST_SUMS = 16;  // that a product keeps in registers
-#else
-constexpr int MOST_ROWS = 4, MOST_SUMS = 8;
-#endif
+  void many(int64_t n, int64_t head) const {
+    const int at = int(step.slots[n] % s.block_size);
+    const S* k = key(n, head);
+    C* keys = place(n) + head * shape.key_head + at * 2;
+    for (int d = 0; d < s.head_dim; d += 2) {
+      uint32_t line[RUN];
+      for (int i = 0; i < RUN; i++) line[i] = load_raw<uint32_t>(k + i * call.k_token + d);
+      std::memcpy((void*)(keys + int64_t(d) * shape.B), line, sizeof line);
+    }
+    for (int i = 0; i < RUN; i += 2) {
+      const S *a = value(n + i, head), *b = value(n + i + 1, head);
+      C* values = place(n) + shape.values + head * shape.value_head + int64_t((at + i) / 2) * shape.E * 2;
+      int e = 0;
+      for (; e + LANES <= s.v_head_dim; e += LANES)
+        store_raw(values + 2 * e, __builtin_convertvector(load_raw<U16>(a + e), U32) |
+                                      __builtin_convertvector(load_raw<U16>(b + e), U32) << 16);
+      for (; e < s.v_head_dim; e++)
+        values[2 * e] = converted<S, C>(a[e]), values[2 * e + 1] = converted<S, C>(b[e]);
+    }
+  }
+};
 
-// Memory that will be read soon, as large as what is read now: fetched line by line meanwhile. Null for none.
-template <class C> struct Ahead { const C *keys = nullptr, *values = nullptr; };
-
-// sums[r][c] += rows[r][i] * columns[i][c] for P dimensions, or tokens, i: R rows, V vectors of columns.
-template <class X, class C, int R, int V>
-INLINE void multiply_one(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const C* columns, bool both = true) {
-  for (int c = 0; c < V; c++) {
-    const C* column = columns + c * PAIR<C> * LANES;
-    if constexpr (PAIR<C> == 1) {
-      const F32 x = load(column);
-      for (int r = 0; r < R; r++) sums[r][c] = rows[r * row_stride] * x + sums[r][c];
-    } else {
-      const U32 pair = both ? load_raw<U32>(column) : load_raw<U32>(column) & 0x0000ffffu;
-      if constexpr (std::is_same_v<X, bf16>) {
-        for (int r = 0; r < R; r++)
-          sums[r][c] = dot_pairs(sums[r][c], load_raw<uint32_t>(rows + r * row_stride), pair);
-      } else {
-        const F32 first = (F32)(pair << 16), second = (F32)(pair & 0xffff0000u);
-        for (int r = 0; r < R; r++) {
-          sums[r][c] = rows[r * row_stride] * first + sums[r][c];
-          sums[r][c] = rows[r * row_stride + 1] * second + sums[r][c];
-        }
-      }
+template <class S, class C> void write(const Spec& s, const Step& step, const Call& call) {
+  constexpr int64_t PIECE = 4 * RUN;  // tokens that a thread takes at a time
+  const Writer<S, C> writer = {s, step, call, Shape<C>(s)};
+  const int64_t pieces = (step.num_tokens + PIECE - 1) / PIECE;
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < pieces * s.num_kv_heads; i++) {
+    const int64_t head = i / pieces, end = std::min(step.num_tokens, (i % pieces + 1) * PIECE);
+    for (int64_t n = i % pieces * PIECE; n < end;) {
+      if (writer.fills_lines(n, end)) writer.many(n, head), n += RUN;
+      else writer.one(n, head), n++;
     }
   }
 }
 
-// The same for all i < count; the second of an odd count's last pair is not read as a number.
+// Memory that will be read soon, as large as what is read now: fetched line by line meanwhile. Null for none.
+template <class C> struct Ahead { const C *keys = nullptr, *values = nullptr; };
+
+// `multiply_one` for all i < count; the second of an odd count's last pair is not read as a number.
 template <class X, class C, int R, int V>
 INLINE void multiply(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const C* columns, int64_t column_stride,
                      int count, Ahead<C> ahead = {}) {
@@ -159,6 +171,7 @@ INLINE void multiply(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const
 // sums[32 or 16][32] += rows x columns for `count`, a multiple of 32; strides in elements, of pairs for columns.
 template <bool TWO>
 INLINE void multiply_tiles(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride, int count) {
+  finish_stores();
   for (int i = 0; i < count; i += 32) {
     const bf16* column = columns + (i / 2) * column_stride;
     _tile_loadd(4, rows + i, row_stride * 2);
@@ -174,6 +187,7 @@ INLINE void multiply_tiles(const bf16* rows, int64_t row_stride, const bf16* col
   }
 }
 template <bool TWO> INLINE void load_sums(const float* sums, int64_t stride) {
+  finish_stores();
   _tile_loadd(0, sums, stride * 4);
   _tile_loadd(1, sums + 16, stride * 4);
   if constexpr (TWO) {
@@ -232,11 +246,13 @@ template <class X, class C> class Tile {
       offsets[c] = c % shape.scores < s.block_size ? c / shape.scores * s.block_size + c % shape.scores : 1 << 30;
   }
 
-  template <class S> void run(const Item& item, int head) {
+  // `next` is what this thread does then, if anything.
+  template <class S> void run(const Item& item, int head, const Item* next, int next_head) {
     begin<S>(item, head);
     for (int at = first / span * span; at < last; at += span) {
       find_blocks(item, head, at);
       multiply_keys();
+      if (next && at + span >= last) fetch(block_of(*next, next->begin) + next_head * shape.key_head, shape.key_head);
       for (int m = 0; m < M; m++) weigh(row[m], m, at, item.position + m / G, head);
       multiply_values();
     }
@@ -302,19 +318,25 @@ template <class X, class C> class Tile {
     }
   }
 
-  void find_blocks(const Item& item, int head, int at) {
+  const C* block_of(const Item& item, int token) const {
     const int32_t* table = step.block_table + item.request * step.table_stride;
+    return (const C*)(call.cache + table[token / s.block_size] * call.block_bytes);
+  }
+
+  void find_blocks(const Item& item, int head, int at) {
     for (int b = 0; b < num_blocks; b++) {
       const int from = at + b * s.block_size;
       blocks[b] = {nullptr, nullptr, 0};
       if (from + s.block_size <= first || from >= last) continue;
-      const C* block = (const C*)(call.cache + table[from / s.block_size] * call.block_bytes);
+      const C* block = block_of(item, from);
       blocks[b] = {block + head * shape.key_head, block + shape.values + head * shape.value_head,
                    std::min(s.block_size, last - from)};
       if (on_tiles && from + s.block_size > item.length) {  // what was never written weighs nothing, but may be NaN
-        std::memcpy((void*)cleared, blocks[b].values, sizeof(C) * shape.value_head);
-        for (int t = item.length - from; t < s.block_size; t++)
-          for (int e = 0; e < shape.E; e++) cleared[((t / 2) * shape.E + e) * 2 + t % 2] = C{};
+        const int64_t kept = int64_t((item.length - from + 1) / 2) * shape.E * 2;
+        std::memcpy((void*)cleared, blocks[b].values, sizeof(C) * kept);
+        std::memset((void*)(cleared + kept), 0, sizeof(C) * (shape.value_head - kept));
+        if (item.length % 2)
+          for (int e = 1; e <= shape.E; e++) cleared[kept - 2 * e + 1] = C{};
         blocks[b].values = cleared;
       }
     }
@@ -424,33 +446,48 @@ template <class X, class C> class Tile {
   void weigh(Row& row, int m, int at, int position, int head) {
     float *score = scores + m * columns, *sum = out + m * shape.E;
     X* weight = weights + m * columns;
-    const float slope = call.slopes && s.relative < 0 ? call.slopes[head * G + m % G] : 0;
+    const bool plain = s.softcap == 0 && !call.slopes && s.scale > 0;  // the scale can wait
+    const float scale = plain ? s.scale : 1;
     F32 most = splat(-INF);
-    for (int c = 0; c < columns; c += LANES) {
-      if (!blocks[c / shape.scores].count) continue;
-      const I32 key = load_raw<I32>(offsets + c) + at;
-      F32 x = load(score + c) * s.scale;
-      if (s.softcap != 0) x = tanh(x / s.softcap) * s.softcap;
-      if (call.slopes && s.relative < 0) x = x + slope * __builtin_convertvector(key - position, F32);
-      if (call.slopes && s.relative >= 0) x = x + learned(key - position, head * G + m % G);
-      x = ((key >= row.low) & (key < row.high)) ? x : splat(-INF);
-      most = max(most, x);
-      store(score + c, x);
+    for (int b = 0; b < num_blocks; b++) {
+      if (!blocks[b].count) continue;
+      const int begin = b * shape.scores, from = at + b * s.block_size;
+      const bool whole = row.low <= from && from + s.block_size <= row.high && shape.scores == s.block_size;
+      for (int c = begin; c < begin + shape.scores; c += LANES) {
+        F32 x = load(score + c);
+        if (!plain || !whole) {
+          const I32 key = load_raw<I32>(offsets + c) + at;
+          if (!plain) x = changed(x, key - position, head * G + m % G);
+          x = ((key >= row.low) & (key < row.high)) ? x : splat(-INF);
+          store(score + c, x);
+        }
+        most = max(most, x);
+      }
     }
-    const float maximum = std::max(row.maximum, largest(most));
+    const float maximum = std::max(row.maximum, largest(most) * scale);
     const bool empty = maximum == -INF;
     const float factor = row.maximum == -INF ? 0 : std::exp(row.maximum - maximum);
     F32 total = F32{};
-    for (int c = 0; c < columns; c += LANES) {
-      if (!blocks[c / shape.scores].count) continue;
-      const F32 p = empty ? F32{} : exp(load(score + c) - maximum);
-      total += p;
-      store(weight + c, p);
+    for (int b = 0; b < num_blocks; b++) {
+      if (!blocks[b].count) continue;
+      for (int c = b * shape.scores; c < (b + 1) * shape.scores; c += LANES) {
+        const F32 p = empty ? F32{} : exp(load(score + c) * scale - maximum);
+        total += p;
+        store(weight + c, p);
+      }
     }
     row.maximum = maximum;
     row.sum = row.sum * factor + ::sum(total);
     if (factor != 1)
       for (int e = 0; e < shape.E; e += LANES) store(sum + e, load(sum + e) * factor);
+  }
+
+  // Scaled scores, with what makes them other than products.
+  F32 changed(F32 x, I32 distance, int h) const {
+    x = x * s.scale;
+    if (s.softcap != 0) x = tanh(x / s.softcap) * s.softcap;
+    if (!call.slopes) return x;
+    return x + (s.relative < 0 ? call.slopes[h] * __builtin_convertvector(distance, F32) : learned(distance, h));
   }
 
   F32 learned(I32 distance, int h) const {
@@ -479,7 +516,9 @@ template <class X, class C> class Tile {
     if (call.lse) call.lse[token * call.lse_token + h] = maximum + std::log(sum);
     S* to = (S*)call.out + token * call.out_token + h * call.out_head;
     factor /= sum;
-    for (int e = 0; e < s.v_head_dim; e++) from_float(out[m * shape.E + e] * factor, to + e);
+    int e = 0;
+    for (; e + LANES <= s.v_head_dim; e += LANES) store(to + e, load(out + m * shape.E + e) * factor);
+    for (; e < s.v_head_dim; e++) from_float(out[m * shape.E + e] * factor, to + e);
   }
 };
 
@@ -492,14 +531,18 @@ template <class S, class C> void attend(const Spec& s, const Step& step, const C
     cut |= step.items[i].merges;
   }
   const int64_t num = step.num_items * s.num_kv_heads;
+  const int64_t piece = step.num_items < 4 * s.num_threads ? 1 : s.num_kv_heads;  // heads of a block are neighbours
 #pragma omp parallel num_threads(s.num_threads)
   {
     if (call.k) write<S, C>(s, step, call);  // ends with a barrier
     Tile<X, C> tile(s, step, call, most_tokens);
     [[maybe_unused]] Tiles configured;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num; i++)
-      tile.template run<S>(step.items[i / s.num_kv_heads], int(i % s.num_kv_heads));
+#pragma omp for schedule(dynamic, piece)
+    for (int64_t i = 0; i < num; i++) {
+      const int64_t j = i + 1;
+      const Item* next = j < num && j % piece ? &step.items[j / s.num_kv_heads] : nullptr;
+      tile.template run<S>(step.items[i / s.num_kv_heads], int(i % s.num_kv_heads), next, int(j % s.num_kv_heads));
+    }
     if (cut) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < num; i++) {

@@ -1,21 +1,27 @@
-// Operations on rows, each in one pass over memory, and products with few rows of weights that lie row by row.
+// Operations on rows, each in one pass over memory.
 
 #include "products.h"
 
-#include <algorithm>
-#include <vector>
+#include <type_traits>
 
 namespace {
 
-struct Rows {  // a tensor [outer, inner, width]; the same as `_Rows` in operations.py
+struct Rows {  // a tensor [outer, inner, width]
   const void* data;
   int64_t outer_stride, inner_stride;  // elements
 };
 
-struct Shape {  // the same as `_Shape` in operations.py
+struct Shape {
   int64_t outer, inner, width;
-  int32_t dtype, num_threads;
+  int32_t num_threads;
 };
+
+// Calls f with a null pointer to what the elements are.
+template <class F> void with_type(int32_t dtype, F&& f) {
+  if (dtype == FLOAT32) f((float*)nullptr);
+  if (dtype == BFLOAT16) f((bf16*)nullptr);
+  if (dtype == FLOAT16) f((f16*)nullptr);
+}
 
 template <class T> const T* row(const Rows& x, const Shape& shape, int64_t i) {
   return (const T*)x.data + i / shape.inner * x.outer_stride + i % shape.inner * x.inner_stride;
@@ -68,116 +74,52 @@ template <class T> void silu_and_mul(const Shape& shape, const Rows& gate, const
   });
 }
 
-// out[m][n] = sum of x[m][k] * weight[n][k], in bf16, for up to 64 rows of x and `width` a multiple of 32: weights are
-// read once, in the order in which they lie.
-
-constexpr int GROUP = 16;  // rows of weights at a time
-
-#if defined(HAS_AMX)
-void group_on_tiles(const bf16* weight, const bf16* columns, int64_t width, int64_t ahead, int num_columns, float* sums) {
-  // The weights are the rows of a product, and pairs of x its columns: [M / 16][width / 2][16][2].
-  for (int c = 0; c < 4; c++) {
-    if (c == 0) _tile_zero(0);
-    if (c == 1) _tile_zero(1);
-    if (c == 2) _tile_zero(2);
-    if (c == 3) _tile_zero(3);
-  }
-  for (int64_t k = 0; k < width; k += 32) {
-    for (int i = 0; i < GROUP; i++) __builtin_prefetch(weight + ahead + k * GROUP + i * 32);
-    _tile_loadd(4, weight + k, width * 2);
-    const bf16* column = columns + k * 16;
-    _tile_loadd(5, column, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if (num_columns > 1) { _tile_loadd(6, column + 16 * width, 64); _tile_dpbf16ps(1, 4, 6); }
-    if (num_columns > 2) { _tile_loadd(7, column + 32 * width, 64); _tile_dpbf16ps(2, 4, 7); }
-    if (num_columns > 3) { _tile_loadd(5, column + 48 * width, 64); _tile_dpbf16ps(3, 4, 5); }
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-}
-#endif
-
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-template <int R> void few(const bf16* x, const bf16* weight, int64_t width, int64_t ahead, float* sums) {
-  for (int n = 0; n < GROUP; n += 4) {
-    __m512 total[R][4] = {};
-    for (int64_t k = 0; k < width; k += 32) {
-      __m512bh w[4];
-      for (int j = 0; j < 4; j++) {
-        __builtin_prefetch(weight + ahead + (n + j) * width + k);
-        w[j] = (__m512bh)_mm512_loadu_si512(weight + (n + j) * width + k);
-      }
-      for (int r = 0; r < R; r++) {
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(x + r * width + k);
-        for (int j = 0; j < 4; j++) total[r][j] = _mm512_dpbf16_ps(total[r][j], row, w[j]);
-      }
+// Halves of the rows of x [heads, tokens, width] turned against each other, by cos and sin [tokens][width]; `out` is
+// [tokens][heads][width].
+template <class T> void rotary(const Shape& shape, const Rows& x, const T* cos, const T* sin, T* out) {
+  const int64_t width = shape.width, half = width / 2, whole = half / LANES * LANES;
+  each_row(shape, [&](int64_t i) {
+    const int64_t head = i / shape.inner, token = i % shape.inner;
+    const T *a = row<T>(x, shape, i), *b = a + half, *c = cos + token * width, *s = sin + token * width;
+    T* to = out + (token * shape.outer + head) * width;
+    for (int64_t d = 0; d < whole; d += LANES) {
+      const F32 first = load(a + d), second = load(b + d);
+      store(to + d, first * load(c + d) - second * load(s + d));
+      store(to + half + d, second * load(c + half + d) + first * load(s + half + d));
     }
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < 4; j++) sums[(n + j) * 16 + r] = _mm512_reduce_add_ps(total[r][j]);
-  }
+    for (int64_t d = whole; d < half; d++) {
+      const float first = to_float(a[d]), second = to_float(b[d]);
+      from_float(first * to_float(c[d]) - second * to_float(s[d]), to + d);
+      from_float(second * to_float(c[half + d]) + first * to_float(s[half + d]), to + half + d);
+    }
+  });
 }
-
-void group_on_vectors(const bf16* x, int rows, const bf16* weight, int64_t width, int64_t ahead, float* sums) {
-  for (int r = 0; r < rows;) {
-    float* to = sums + r / 16 * 256 + r % 16;
-    if (rows - r >= 4) few<4>(x + r * width, weight, width, ahead, to), r += 4;
-    else few<1>(x + r * width, weight, width, ahead, to), r += 1;
-  }
-}
-#endif
 
 }  // namespace
 
-extern "C" void engine_rms_norm(const Shape* shape, const Rows* x, const void* weight, void* out, float eps) {
-  if (shape->dtype == FLOAT32) rms_norm(*shape, *x, (const float*)weight, (float*)out, eps);
-  if (shape->dtype == BFLOAT16) rms_norm(*shape, *x, (const bf16*)weight, (bf16*)out, eps);
-  if (shape->dtype == FLOAT16) rms_norm(*shape, *x, (const f16*)weight, (f16*)out, eps);
+extern "C" void engine_rms_norm(const void* x, const void* weight, void* out, int64_t outer, int64_t inner, int64_t width,
+                                int64_t outer_stride, int64_t inner_stride, float eps, int32_t dtype,
+                                int32_t num_threads) {
+  with_type(dtype, [&](auto* of) {
+    using T = std::remove_reference_t<decltype(*of)>;
+    rms_norm({outer, inner, width, num_threads}, {x, outer_stride, inner_stride}, (const T*)weight, (T*)out, eps);
+  });
 }
 
-extern "C" void engine_silu_and_mul(const Shape* shape, const Rows* gate, const Rows* up, void* out) {
-  if (shape->dtype == FLOAT32) silu_and_mul(*shape, *gate, *up, (float*)out);
-  if (shape->dtype == BFLOAT16) silu_and_mul(*shape, *gate, *up, (bf16*)out);
-  if (shape->dtype == FLOAT16) silu_and_mul(*shape, *gate, *up, (f16*)out);
+extern "C" void engine_silu_and_mul(const void* gate, const void* up, void* out, int64_t outer, int64_t inner,
+                                    int64_t width, int64_t gate_outer, int64_t gate_inner, int64_t up_outer,
+                                    int64_t up_inner, int32_t dtype, int32_t num_threads) {
+  with_type(dtype, [&](auto* of) {
+    using T = std::remove_reference_t<decltype(*of)>;
+    silu_and_mul({outer, inner, width, num_threads}, {gate, gate_outer, gate_inner}, {up, up_outer, up_inner}, (T*)out);
+  });
 }
 
-extern "C" int engine_multiplies_bf16() { return MULTIPLIES_BF16; }
-
-extern "C" void engine_few_rows(const void* x_, const void* weight_, void* out_, int64_t rows, int64_t outputs,
-                                int64_t width, int32_t num_threads) {
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-  const bf16 *x = (const bf16*)x_, *weight = (const bf16*)weight_;
-  bf16* out = (bf16*)out_;
-  [[maybe_unused]] const int num_columns = int((rows + 15) / 16);
-  const bool on_tiles = tiles_allowed();
-  std::vector<bf16> columns;
-  if (on_tiles) {
-    columns.resize(size_t(num_columns) * 16 * width, bf16{0});
-    for (int64_t m = 0; m < rows; m++)
-      for (int64_t k = 0; k < width; k++)
-        columns[m / 16 * 16 * width + (k / 2 * 16 + m % 16) * 2 + k % 2] = x[m * width + k];
-  }
-  const int64_t groups = (outputs + GROUP - 1) / GROUP;
-#pragma omp parallel num_threads(num_threads)
-  {
-    [[maybe_unused]] Tiles configured;
-    alignas(64) float sums[64 * 16];
-#pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; g++) {
-      // The last group begins earlier, so that it is whole: some outputs are computed twice, with the same bits.
-      const int64_t first = std::min(g * GROUP, outputs - GROUP);
-      const int64_t ahead = first + 2 * GROUP <= outputs ? GROUP * width : 0;
-#if defined(HAS_AMX)
-      if (on_tiles) group_on_tiles(weight + first * width, columns.data(), width, ahead, num_columns, sums);
-#endif
-      if (!on_tiles) group_on_vectors(x, int(rows), weight + first * width, width, ahead, sums);
-      for (int64_t m = 0; m < rows; m++)
-        for (int n = std::max<int64_t>(0, g * GROUP - first); n < GROUP; n++)
-          from_float(sums[m / 16 * 256 + n * 16 + m % 16], out + m * outputs + first + n);
-    }
-  }
-#else
-  (void)x_, (void)weight_, (void)out_, (void)rows, (void)outputs, (void)width, (void)num_threads;
-#endif
+extern "C" void engine_rotary(const void* x, const void* cos, const void* sin, void* out, int64_t heads, int64_t tokens,
+                              int64_t width, int64_t head_stride, int64_t token_stride, int32_t dtype,
+                              int32_t num_threads) {
+  with_type(dtype, [&](auto* of) {
+    using T = std::remove_reference_t<decltype(*of)>;
+    rotary({heads, tokens, width, num_threads}, {x, head_stride, token_stride}, (const T*)cos, (const T*)sin, (T*)out);
+  });
 }

@@ -23,21 +23,61 @@ constexpr bool MULTIPLIES_BF16 = false;
 INLINE F32 dot_pairs(F32 sum, uint32_t, U32) { return sum; }
 #endif
 
-// Tiles are 16 rows of 64 bytes, and each thread configures its own.
+template <class C> inline constexpr int PAIR = std::is_same_v<C, bf16> ? 2 : 1;  // neighbours in a column that lie side by side
+
+// Products on vectors. A row's elements are float, or bf16 where the processor multiplies these.
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MOST_ROWS = 8, MOST_SUMS = 16;  // that a product keeps in registers
+#else
+constexpr int MOST_ROWS = 4, MOST_SUMS = 8;
+#endif
+
+// sums[r][c] += rows[r][i] * columns[i][c] for P dimensions, or tokens, i: R rows, V vectors of columns.
+template <class X, class C, int R, int V>
+INLINE void multiply_one(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const C* columns, bool both = true) {
+  for (int c = 0; c < V; c++) {
+    const C* column = columns + c * PAIR<C> * LANES;
+    if constexpr (PAIR<C> == 1) {
+      const F32 x = load(column);
+      for (int r = 0; r < R; r++) sums[r][c] = rows[r * row_stride] * x + sums[r][c];
+    } else {
+      const U32 pair = both ? load_raw<U32>(column) : load_raw<U32>(column) & 0x0000ffffu;
+      if constexpr (std::is_same_v<X, bf16>) {
+        for (int r = 0; r < R; r++)
+          sums[r][c] = dot_pairs(sums[r][c], load_raw<uint32_t>(rows + r * row_stride), pair);
+      } else {
+        const F32 first = (F32)(pair << 16), second = (F32)(pair & 0xffff0000u);
+        for (int r = 0; r < R; r++) {
+          sums[r][c] = rows[r * row_stride] * first + sums[r][c];
+          sums[r][c] = rows[r * row_stride + 1] * second + sums[r][c];
+        }
+      }
+    }
+  }
+}
+
+// Tiles are 16 rows of 64 bytes, and each thread configures its own. Where a product has fewer rows: tiles 0 and 1 are
+// sums of `first` rows, which 4 holds, 2 and 3 those of `second` rows, which 5 holds; 6 and 7 are columns.
 #if defined(HAS_AMX)
+// Compilers do not see that tiles read memory, and might leave stores for later.
+INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
 inline bool tiles_allowed() {
   static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
   return allowed;
 }
 struct Tiles {  // configured while it lives
-  Tiles() {
+  Tiles(int first = 16, int second = 16) {
     alignas(64) uint8_t config[64] = {1};
-    for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
+    const int rows[8] = {first, first, second, second, first, second, 16, 16};
+    for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = uint8_t(rows[i]);
+    __asm__ volatile("" : : "r"(config) : "memory");  // compilers see 8 bytes of it read
     _tile_loadconfig(config);
   }
   ~Tiles() { _tile_release(); }
 };
 #else
 inline bool tiles_allowed() { return false; }
-struct Tiles { ~Tiles() {} };
+struct Tiles { Tiles(int = 16, int = 16) {} ~Tiles() {} };
 #endif

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -105,6 +106,13 @@ INLINE void from_float(float x, f16* p) {
 #endif
 }
 
+template <class S, class C> INLINE C converted(S x) {
+  if constexpr (std::is_same_v<S, C>) return x;  // bits are kept
+  C y;
+  from_float(to_float(x), &y);
+  return y;
+}
+
 INLINE F32 load(const float* p) { return load_raw<F32>(p); }
 INLINE F32 load(const bf16* p) { return widen(load_raw<U16>(p)); }
 INLINE F32 load(const f16* p) {
@@ -133,12 +141,20 @@ INLINE void store(f16* p, F32 v) {
 // e^x to about one unit in the last place for x <= 88.3; 0 below -87.3, where e^x is no normal number; NaN stays NaN.
 // Cody and Waite's reduction to |r| <= log(2) / 2, then Cephes' polynomial.
 INLINE F32 exp(F32 x) {
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+#else
   const I32 low = x < splat(-87.3f);
+#endif
   x = splat(-87.3f) > x ? splat(-87.3f) : x;
+#if defined(__AVX512F__)
+  const F32 n = (F32)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
   x = x > splat(88.3f) ? splat(88.3f) : x;
   const F32 rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is in the low bits then
   const F32 shifted = x * 1.44269504f + rounder;
   const F32 n = shifted - rounder;
+#endif
   const F32 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   F32 p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -147,6 +163,10 @@ INLINE F32 exp(F32 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  return (F32)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   const F32 scaled = (F32)((I32)p + ((I32)shifted << 23));
   return low ? F32{} : scaled;
+#endif
 }

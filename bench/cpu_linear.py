@@ -1,0 +1,81 @@
+"""The CPU platform's linear layers of bf16 beside oneDNN's, weights of either in the order of its own.
+
+    python bench/cpu_linear.py --rows 1 8 16 512 --flags="-mno-amx-bf16 -mno-amx-tile"
+
+Weights take turns, so that none is in a cache when it is read. Best of many rounds, with torch's threads. `--flags`
+builds the kernels for a processor with less; ``ONEDNN_MAX_CPU_ISA`` does the same for oneDNN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from engine_cpu import native
+from engine_cpu.linear import PackedLinear
+
+SHAPES = {
+    "qkv": (4096, 1024),
+    "o": (1024, 2048),
+    "gate, up": (6144, 1024),
+    "down": (1024, 3072),
+    "head": (151936, 1024),
+}
+"""Outputs and inputs, of Qwen3-0.6B."""
+
+TURNS = 200 << 20
+"""Bytes of weights that take turns."""
+
+
+def seconds(calls: Sequence[Callable[[], object]], budget: float = 0.4) -> float:
+    """Of one call, in the best round over all."""
+    best, end = math.inf, time.perf_counter() + budget
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        best = min(best, time.perf_counter() - begin)
+    return best / len(calls)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 512])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--flags", default="", help="of the compiler, after ours")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    kernels = ctypes.CDLL(str(native.build(args.flags.split(), Path(tempfile.mkdtemp()))))
+    large = torch.ones(TURNS)
+    print(f"reading takes place at {large.nbytes / seconds([large.sum]) / 1e9:.1f} GB/s")
+    del large
+    print(f"{'shape':<10}{'rows':>5}{'us':>9}{'oneDNN':>9}{'ratio':>7}{'GB/s':>7}{'GFLOP/s':>9}")
+    for name in args.shapes:
+        outputs, inputs = SHAPES[name]
+        weight = torch.randn(outputs, inputs).bfloat16()
+        methods = PackedLinear(kernels), PackedLinear()
+        packed = [[m.pack(weight, None) for _ in range(max(1, TURNS // weight.nbytes))] for m in methods]
+        for rows in args.rows:
+            x = torch.randn(rows, inputs).bfloat16()
+            ours, theirs = (
+                seconds([functools.partial(m.apply, x, p) for p in many])
+                for m, many in zip(methods, packed, strict=True)
+            )
+            print(
+                f"{name:<10}{rows:5}{ours * 1e6:9.0f}{theirs * 1e6:9.0f}{theirs / ours:7.2f}"
+                f"{weight.nbytes / ours / 1e9:7.1f}{2 * rows * weight.numel() / ours / 1e9:9.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Linear layers whose weights are integers: rounded as they are read, or read as they are stored.
+
+    rounded    tensor -> sink -> once all siblings are there: the method rounds and packs them, and the floats go
+    stored     the format's tensors, parameters of each sibling -> pack: decoded, joined, packed, and they go too
+
+So never more floats than those of a few layers exist. A platform's `LinearMethod` for the scheme keeps the weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.extensions.projections.layers import Projection
+from engine.interfaces import LinearMethod, QuantScheme, QuantWeight
+from engine.model.load import frozen
+
+
+class Recipe(Protocol):
+    """How a linear layer, whose attribute ``quant`` this is, is quantised."""
+
+    scheme: QuantScheme
+    dtype: torch.dtype
+    """Of the weight that it stands for."""
+    decode: Callable[[nn.Module], QuantWeight] | None
+    """The integers, from the layer's own parameters, all but the bias; None for a float weight that is rounded."""
+
+
+class QuantProjection(Projection):
+    """A projection whose members have recipes of one scheme."""
+
+    def __init__(self, linears: Sequence[nn.Linear], method: LinearMethod) -> None:
+        super().__init__(linears)
+        self._recipes: list[Recipe] = [linear.quant for linear in linears]  # type: ignore[misc]
+        self._method = method
+        self._arrived: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Projection.forward`."""
+        if self._packed is None:
+            self.pack(None)
+        assert self._method is not None
+        y = self._method.apply(x, self._packed)
+        return y if self.bias is None else y + self.bias
+
+    def allocate(self, device: torch.device) -> None:
+        """Make storage for biases; weights have none of their own, and stored tensors are parameters like others."""
+        if self.bias is not None:
+            self.bias = frozen(self.bias.new_empty(sum(self._sizes), device=device))
+            for member, part in zip(self.members, self.bias.split(self._sizes), strict=True):
+                member.bias = frozen(part)
+        for index, member in enumerate(self.members):
+            if self._recipes[index].decode is None:
+                weight: Any = member.weight
+                weight.sink = lambda tensor, index=index: self._take(index, tensor.to(device))
+
+    def pack(self, method: LinearMethod | None) -> None:
+        """Give stored weights to the scheme's method. Biases stay: ranks may still settle who adds them."""
+        if self._packed is not None:
+            return
+        assert self._method is not None
+        decoded = [r.decode(m) for r, m in zip(self._recipes, self.members, strict=True) if r.decode is not None]
+        self._packed = self._method.pack_quantized(_joined(decoded), None)
+        self._leave(sum(p.nbytes for m in self.members for name, p in m.named_parameters() if name != "bias"))
+
+    def _take(self, index: int, tensor: Tensor) -> None:
+        with self._lock:
+            self._arrived[index] = tensor
+            if len(self._arrived) < len(self.members):
+                return
+        weights = [self._arrived.pop(i) for i in range(len(self.members))]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del tensor, weights
+        assert self._method is not None
+        self._packed = self._method.pack(weight, None)
+        groups = 1 if (size := self._recipes[0].scheme.group_size) is None else -(-weight.shape[1] // size)
+        scales = weight.shape[0] * groups * weight.itemsize
+        self._leave(weight.numel() * self._recipes[0].scheme.bits // 8 + scales)
+
+    def _leave(self, nbytes: int) -> None:
+        """Leave shapes and dtypes behind, and one parameter of the size that the weights have now."""
+        for recipe, member in zip(self._recipes, self.members, strict=True):
+            for name in member._parameters.keys() - {"bias"}:
+                del member._parameters[name]
+            shape = member.out_features, member.in_features
+            member.__dict__["weight"] = torch.empty(shape, dtype=recipe.dtype, device="meta")
+        self.weight = self.members[0].weight
+        self.members[0].quantised = frozen(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+
+
+def _joined(weights: Sequence[QuantWeight]) -> QuantWeight:
+    """Rows one after the other; where some have zeros, all get them."""
+    if len(weights) == 1:
+        return weights[0]
+    zeros = None
+    if any(w.zeros is not None for w in weights):
+        zeros = torch.cat(
+            [torch.zeros_like(w.scales, dtype=torch.int8) if w.zeros is None else w.zeros for w in weights]
+        )
+    return QuantWeight(torch.cat([w.values for w in weights]), torch.cat([w.scales for w in weights]), zeros)
