@@ -227,8 +227,8 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "quantised": (
         lambda f: set_config(f, quantization_config={"quant_method": "awq"}),
-        UnsupportedModelError,
-        "quantised with 'awq'",
+        CheckpointError,
+        r"config\.json says that weights are quantised with 'awq', and none is; download the model again",
     ),
     "not for text": (lambda f: set_config(f, model_type="vit"), UnsupportedModelError, "no causal language model"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, r"no \*.safetensors.*load_format"),

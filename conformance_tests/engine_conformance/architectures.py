@@ -27,9 +27,9 @@ from engine_sdk import Capabilities
 TOLERANCE = 1e-4
 """Largest difference of log probabilities in fp32. A token within it of the likeliest one counts as a tie.
 
-Where it is not enough, and in lower precision, the bound is twice the error of eager Transformers in the same precision;
-both errors are against the same weights in fp64, or in fp32. It means little for experts, where rounding can send a token
-elsewhere.
+Where it is not enough, and in lower precision, the bound is twice the error of eager Transformers in the same
+precision; both errors are against the same weights in fp64, or in fp32. It means little for experts, where rounding can
+send a token elsewhere.
 """
 
 _NEW_TOKENS = 12

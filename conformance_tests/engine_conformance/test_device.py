@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.config import EngineArgs
-from engine_sdk import ATTENTION_FEATURES, Capabilities, Event, Needs, Platform
+from engine_sdk import ATTENTION_FEATURES, Capabilities, Event, Platform
 
 Record = Callable[[str, object], None]
 
@@ -29,7 +29,6 @@ def test_declares_what_it_must(capabilities: Capabilities) -> None:
     assert any(size in capabilities.head_dims for size in range(1, 1025))
     assert any(size in capabilities.block_sizes for size in range(1, 1025))
     json.dumps(capabilities.to_dict())
-    assert capabilities.missing(Needs(dtypes=frozenset({torch.complex64})))
 
 
 def test_declares_the_same(conformance_platform: Platform, capabilities: Capabilities) -> None:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from engine_conformance.cases import Scale, dtypes
 from engine_conformance.reference import FP32, TINY, UNIT, excess
-from engine_sdk import Capabilities, ExpertsSpec, ExpertWeights, Platform, QuantScheme, UnsupportedCapability
+from engine_sdk import (
+    Capabilities,
+    ExpertsSpec,
+    ExpertWeights,
+    LinearMethod,
+    Platform,
+    QuantScheme,
+    QuantWeight,
+    UnsupportedCapability,
+)
 
 
 def close(got: Tensor, want: Tensor, scale: Tensor, roundings: int) -> None:
@@ -332,7 +341,7 @@ def test_linear_of_any_shape(conformance_platform: Platform, capabilities: Capab
 def test_quantised_linear(
     conformance_platform: Platform, capabilities: Capabilities, record_property: Callable[[str, object], None]
 ) -> None:
-    """Every declared scheme packs a weight and applies it with an error that its bits explain."""
+    """Every declared scheme rounds a weight with an error that its bits explain, and keeps stored integers exactly."""
     if not capabilities.quant_schemes:
         record_property("rejected", "quant_schemes")
         return
@@ -356,7 +365,50 @@ def test_quantised_linear(
                     assert error < (0.04 if bits == 8 else 0.3), (
                         f"{name}, {bits} bits, {dtype}: relative error {error:.2g}"
                     )
+                    for zeros in (False, True):
+                        _check_stored(method, QuantScheme(name, bits, group), x, zeros, device)
         assert taken, f"{name} is declared, and linear() takes it with no number of bits and no group size"
+
+
+def _check_stored(method: LinearMethod, scheme: QuantScheme, x: Tensor, zeros: bool, device: torch.device) -> None:
+    """Any integers, scales and zeros; a method may round weights to the dtype of `x`, and no more.
+
+    A method that takes float weights only, or gives no rows back, says so.
+    """
+    generator, limit = torch.Generator().manual_seed(7), 1 << (scheme.bits - 1)
+    groups = x.shape[1] // (scheme.group_size or x.shape[1])
+
+    def draw(columns: int) -> Tensor:
+        return torch.randint(-limit, limit, (40, columns), generator=generator).to(torch.int8)
+
+    stored = QuantWeight(
+        draw(x.shape[1]),
+        (torch.rand(40, groups, generator=generator) + 0.1).to(x.dtype) / limit,
+        draw(groups) if zeros else None,
+    )
+    bias = torch.randn(40, generator=generator).to(x.dtype)
+    there = QuantWeight(*(None if t is None else t.to(device) for t in (stored.values, stored.scales, stored.zeros)))  # type: ignore[arg-type]
+    try:
+        packed = method.pack_quantized(there, bias.to(device))
+    except UnsupportedCapability:
+        return
+    offsets, scales = (
+        torch.zeros(1) if t is None else t.double().repeat_interleave(x.shape[1] // groups, 1)
+        for t in (stored.zeros, stored.scales)
+    )
+    weight = (stored.values.double() - offsets) * scales
+    product, unit = x.double() @ weight.T, UNIT[x.dtype]
+    want = product + bias.double()
+    reach = x.double().abs() @ ((stored.values.double().abs() + offsets.abs()) * scales).T
+    bound = (unit + FP32) * (x.double().abs() @ weight.abs().T) + FP32 * reach
+    bound += 2 * unit * (product.abs() + want.abs()) + 4 * TINY[x.dtype]
+    ratio = excess(method.apply(x.to(device), packed), want, bound)
+    assert ratio <= 1, f"{scheme}, {x.dtype}, zeros {zeros}: the error is {ratio:.3g} times its bound"
+    try:
+        rows = method.rows(torch.tensor([[39, 0, 7]], device=device), packed)
+    except UnsupportedCapability:
+        return
+    assert excess(rows, weight[[39, 0, 7]][None], 2 * unit * weight[[39, 0, 7]][None].abs() + TINY[x.dtype]) <= 1
 
 
 def test_experts_refuse_what_is_not_declared(conformance_platform: Platform, capabilities: Capabilities) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,13 +11,24 @@ from torch import Tensor
 
 from engine_mutation.catalogue import Ops, fault
 from engine_mutation.host import HostPlatform
-from engine_sdk import REFERENCE_OPS, ExpertsSpec, ExpertWeights, LinearMethod, QuantScheme, TorchExperts, combine
+from engine_sdk import (
+    REFERENCE_OPS,
+    ExpertsSpec,
+    ExpertWeights,
+    LinearMethod,
+    QuantScheme,
+    QuantWeight,
+    TorchExperts,
+    TorchQuantized,
+    combine,
+)
 
 _NORM = "test_ops.py::test_rms_norm"
 _ROTARY = "test_ops.py::test_rotary"
 _SILU = "test_ops.py::test_silu_and_mul"
 _EXPERTS = "test_ops.py::test_experts[silu_gate]"
 _LINEAR = "test_ops.py::test_linear"
+_QUANTISED = "test_ops.py::test_quantised_linear"
 
 
 _norm = REFERENCE_OPS.rms_norm
@@ -360,6 +372,55 @@ class UnknownSchemeTaken(HostPlatform):
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
         return None
+
+
+class _Quantised(HostPlatform):
+    """A platform whose quantised layers keep something else than what was stored."""
+
+    @staticmethod
+    def _kept(weight: QuantWeight) -> QuantWeight:
+        """What is kept of a weight."""
+        return weight
+
+    def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
+        method = super().linear(scheme)
+        if not isinstance(method, TorchQuantized):
+            return method
+        kept = self._kept
+
+        class Keeps(TorchQuantized):
+            def pack_quantized(self, weight: QuantWeight, bias: Tensor | None) -> object:
+                return super().pack_quantized(kept(weight), bias)
+
+        return Keeps(method.scheme)
+
+
+@fault("L1", _QUANTISED)
+class ZeroPointsIgnored(_Quantised):
+    """Quantised layers leave zero points out, as symmetric ones may."""
+
+    @staticmethod
+    def _kept(weight: QuantWeight) -> QuantWeight:
+        return dataclasses.replace(weight, zeros=None)
+
+
+@fault("L1", _QUANTISED)
+class ScalesOfTheNextGroup(_Quantised):
+    """A group of inputs gets the scale of the one after it."""
+
+    @staticmethod
+    def _kept(weight: QuantWeight) -> QuantWeight:
+        return dataclasses.replace(weight, scales=weight.scales.roll(-1, 1))
+
+
+@fault("L1", _QUANTISED)
+class LeastIntegerLost(_Quantised):
+    """Integers are kept within a symmetric range: the least becomes the one above it."""
+
+    @staticmethod
+    def _kept(weight: QuantWeight) -> QuantWeight:
+        least = -8 if int(weight.values.abs().amax()) <= 8 else -128
+        return dataclasses.replace(weight, values=weight.values.clamp(min=least + 1))
 
 
 @fault("L1", "test_ops.py::test_experts_refuse_what_is_not_declared")

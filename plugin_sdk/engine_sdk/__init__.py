@@ -37,12 +37,12 @@ from engine.interfaces import (
     LinearMethod,
     MemoryInfo,
     MemoryManager,
-    Needs,
     OpSet,
     Plan,
     Platform,
     Probe,
     QuantScheme,
+    QuantWeight,
     Verdict,
 )
 from engine_sdk.attention import TorchAttention, after_decodes
@@ -64,6 +64,7 @@ from engine_sdk.layout import (
 from engine_sdk.memory import TorchMemory, host_memory
 from engine_sdk.ops import REFERENCE_OPS
 from engine_sdk.platform import TorchPlatform, require_attention
+from engine_sdk.quantization import QUANT_SCHEMES, QuantizedLinear, TorchQuantized, dequantise, quantise, require_scheme
 from engine_sdk.recording import Recording, load_recording, record, replay
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "COLLECTIVES",
     "CONTRACT",
     "OK",
+    "QUANT_SCHEMES",
     "REFERENCE_OPS",
     "AttentionBackend",
     "AttentionBatch",
@@ -104,7 +106,6 @@ __all__ = [
     "LinearMethod",
     "MemoryInfo",
     "MemoryManager",
-    "Needs",
     "OpSet",
     "OutOfMemoryError",
     "PagedCache",
@@ -114,6 +115,8 @@ __all__ = [
     "PlatformUnavailableError",
     "Probe",
     "QuantScheme",
+    "QuantWeight",
+    "QuantizedLinear",
     "Recording",
     "Tiled",
     "TokenMajor",
@@ -125,16 +128,20 @@ __all__ = [
     "TorchGraphs",
     "TorchMemory",
     "TorchPlatform",
+    "TorchQuantized",
     "UnsupportedCapability",
     "Verdict",
     "after_decodes",
     "as_bits",
     "combine",
+    "dequantise",
     "hookimpl",
     "host_memory",
     "load_recording",
+    "quantise",
     "record",
     "replay",
     "require_attention",
+    "require_scheme",
     "to_cache",
 ]

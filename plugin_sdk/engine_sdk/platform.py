@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -40,6 +41,7 @@ from engine_sdk.experts import TorchExperts
 from engine_sdk.graphs import TorchGraphs
 from engine_sdk.memory import TorchMemory, host_memory
 from engine_sdk.ops import REFERENCE_OPS
+from engine_sdk.quantization import QUANT_SCHEMES, TorchQuantized, require_scheme
 
 
 class TorchPlatform(Platform):
@@ -79,9 +81,10 @@ class TorchPlatform(Platform):
         return Probe(True, devices=tuple(DeviceInfo(i, f"{cls.device_type}:{i}") for i in range(count)))
 
     def capabilities(self) -> Capabilities:
-        """What the defaults can do, which is everything but quantisation and captured attention."""
+        """What the defaults can do, which is everything but captured attention."""
         return Capabilities(
             attention=TorchAttention.features,
+            quant_schemes=frozenset(QUANT_SCHEMES),
             collectives=COLLECTIVES if dist.is_available() else frozenset(),
             nan_safe=True,
             asynchronous=self.device_type != "cpu",
@@ -108,12 +111,14 @@ class TorchPlatform(Platform):
         return REFERENCE_OPS
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:
-        """Unquantised layers stay torch's; there are no quantised ones."""
+        """Unquantised layers stay torch's; a `TorchQuantized` for schemes that are declared."""
         if scheme is None:
             return None
-        raise UnsupportedCapability(
-            "quant_schemes", scheme.name, f"{self.name} declares {sorted(self.capabilities().quant_schemes)}"
-        )
+        declared = self.capabilities().quant_schemes
+        if scheme.name not in declared & set(QUANT_SCHEMES):
+            raise UnsupportedCapability("quant_schemes", scheme.name, f"{self.name} declares {sorted(declared)}")
+        require_scheme(scheme)
+        return TorchQuantized(scheme)
 
     def experts(self, spec: ExpertsSpec) -> ExpertsMethod:
         """A `TorchExperts`."""
@@ -147,10 +152,14 @@ class TorchPlatform(Platform):
         return TorchMemory(self.device())
 
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:
-        """A KV cache that leaves a host its memory: a quarter of what is free, at most 4 GiB. Else the engine's own."""
+        """A KV cache that leaves a host its memory: a quarter of what is free, at most 4 GiB. Else the engine's own.
+
+        Ranks on one host share the quarter: whoever starts them says in ``LOCAL_WORLD_SIZE`` how many there are.
+        """
         if self.device_type != "cpu":
             return ConfigPatch()
-        return ConfigPatch(defaults={"kv_cache_memory_bytes": min(host_memory().free // 4, 4 << 30)})
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return ConfigPatch(defaults={"kv_cache_memory_bytes": min(host_memory().free // (4 * ranks), 4 << 30)})
 
 
 def require_attention(declared: Capabilities, spec: AttentionSpec) -> None:

@@ -8,7 +8,6 @@ from engine.interfaces.capabilities import (
     AttentionFeature,
     Capabilities,
     Domain,
-    Needs,
     Verdict,
 )
 from engine.interfaces.communicator import Communicator, GroupSpec
@@ -23,6 +22,7 @@ from engine.interfaces.ops import (
     LinearMethod,
     OpSet,
     QuantScheme,
+    QuantWeight,
 )
 from engine.interfaces.platform import CONTRACT, ConfigPatch, DeviceInfo, Platform, Probe
 
@@ -55,11 +55,11 @@ __all__ = [
     "LinearMethod",
     "MemoryInfo",
     "MemoryManager",
-    "Needs",
     "OpSet",
     "Plan",
     "Platform",
     "Probe",
     "QuantScheme",
+    "QuantWeight",
     "Verdict",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -117,46 +116,12 @@ class Capabilities:
     batch_invariant: bool = False
     asynchronous: bool = False
 
-    def missing(self, needs: Needs) -> list[str]:
-        """What `needs` asks for and this platform did not declare, a sentence each; empty when all is there."""
-
-        def each(what: str, asked: Iterable[object], domain: Domain | frozenset[object]) -> list[str]:
-            shown = domain if isinstance(domain, Domain) else "{" + ", ".join(sorted(map(_name, domain))) + "}"
-            return [f"{what} {_name(a)} (declared: {shown})" for a in asked if a not in domain]  # type: ignore[operator]
-
-        return [
-            *each("dtype", needs.dtypes, frozenset(self.dtypes)),
-            *each("KV cache dtype", needs.kv_dtypes, frozenset(self.kv_dtypes)),
-            *each("head size", sorted(needs.head_dims), self.head_dims),
-            *each("block size", sorted(needs.block_sizes), self.block_sizes),
-            *each("attention feature", sorted(needs.attention), frozenset(self.attention)),
-            *each("quantisation scheme", sorted(needs.quant_schemes), frozenset(self.quant_schemes)),
-            *each("collective", sorted(needs.collectives), frozenset(self.collectives)),
-        ]
-
     def to_dict(self) -> dict[str, object]:
         """The same as JSON-ready values, for `engine platforms --json` and the conformance report."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a model with its options asks of a platform; compared by `Capabilities.missing`."""
-
-    dtypes: frozenset[torch.dtype] = frozenset()
-    kv_dtypes: frozenset[torch.dtype] = frozenset()
-    head_dims: frozenset[int] = frozenset()
-    block_sizes: frozenset[int] = frozenset()
-    attention: frozenset[AttentionFeature] = frozenset()
-    quant_schemes: frozenset[str] = frozenset()
-    collectives: frozenset[str] = frozenset()
-
-
-def _name(value: object) -> str:
-    return str(value).removeprefix("torch.")
-
-
 def _plain(value: object) -> object:
     if isinstance(value, frozenset):
-        return sorted(map(_name, value))
+        return sorted(str(each).removeprefix("torch.") for each in value)
     return str(value) if isinstance(value, Domain) else value

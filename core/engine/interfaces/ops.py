@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from engine.errors import UnsupportedCapability
+
 
 @dataclass(frozen=True)
 class DrawInputs:
@@ -88,6 +90,15 @@ class QuantScheme:
     group_size: int | None = None
 
 
+@dataclass(frozen=True)
+class QuantWeight:
+    """A weight [out, in] as integers, ``(values - zeros) * scales``, with G groups of inputs."""
+
+    values: Tensor  # int8 [out, in]; those of 4 bits are -8 to 7
+    scales: Tensor  # [out, G], of a float dtype
+    zeros: Tensor | None = None  # int8 [out, G]
+
+
 class LinearMethod(ABC):
     """Applies ``x @ weight.T + bias``; may keep the weight in a form of its own."""
 
@@ -98,6 +109,14 @@ class LinearMethod(ABC):
     @abstractmethod
     def apply(self, x: Tensor, packed: object) -> Tensor:
         """x [..., in] to [..., out], same dtype."""
+
+    def pack_quantized(self, weight: QuantWeight, bias: Tensor | None) -> object:
+        """`pack` for weights that a checkpoint has as integers of the method's scheme, to be kept exactly."""
+        raise UnsupportedCapability("quant_schemes", type(self).__name__, "it rounds float weights only")
+
+    def rows(self, ids: Tensor, packed: object) -> Tensor:
+        """Rows `ids`, int64 [...], of the weight, [..., in]. With it an embedding may share a quantised weight."""
+        raise UnsupportedCapability("quant_schemes", type(self).__name__, "it cannot give rows of a weight back")
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,13 @@ class Platform(ABC):
         name: what ``--platform`` selects; equals the entry point's name.
         device_type: torch's device type.
         contract: the contract version that the plugin was written for.
+        cluster_resource: what a cluster's scheduler (Ray) counts its devices as; by default `device_type` in capitals.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     contract: ClassVar[str]
+    cluster_resource: ClassVar[str] = ""
 
     def __init__(self, device_index: int = 0) -> None:
         self.device_index = device_index

@@ -100,24 +100,26 @@ def load_model(
             adapted.max_model_len -= reserved or 0
     if share is not None:
         share.cut(adapted)
-    plan = _open(model, args)
     use(model, probe.IMPLEMENTATION)
     seen: Observations | None = None
     with suppress(UnsupportedModelError):  # where the model's code looks at data, the weights must come first
         seen = probe.observe(model, adapted.run, torch.device("meta"))
     if seen is not None:
         adapted.attach(seen, platform, kv_dtype)
+    stored = getattr(config, "quantization_config", None) or {}
+    if word := args.quantization or stored.get("quant_method", stored and "unnamed"):
+        pick("quantization", word, get_hooks().engine_quantization())(model, args, seen)
+    plan = _open(model, args)
     parts: list[Any] = []
     for swap in get_hooks().engine_swaps().values():
-        parts += swap(model, seen or Observations(), linear is not None)
+        parts += swap(model, seen or Observations(), platform.linear)
 
     allocate(model, parts, device.torch_device)
     plan.fill(device, progress=progress)
     if share is not None:
         share.loaded(adapted)
-    if linear is not None:
-        for part in parts:
-            part.pack(linear)
+    for part in parts:
+        part.pack(linear)
 
     if seen is None:
         seen = probe.observe(model, adapted.run, device.torch_device)

@@ -29,9 +29,6 @@ def read_config(args: EngineArgs) -> PreTrainedConfig:
         there = f"{folder} has no config.json" if folder.is_dir() else f"{folder} does not exist"
         what = "the folder of a model in Hugging Face's format (config.json, *.safetensors)"
         raise CheckpointError(f"{there}; give {what}")
-    if (quantization := raw.get("quantization_config")) is not None:
-        method = f"quantised with {quantization.get('quant_method', 'unknown')!r}"
-        raise UnsupportedModelError(f"{folder} has weights {method}, which is not built yet; use the original ones")
     trusted = {"trust_remote_code": args.trust_remote_code, "local_files_only": True}
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, **trusted)

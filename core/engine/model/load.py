@@ -39,7 +39,7 @@ def allocate(model: PreTrainedModel, parts: Iterable[Any], device: torch.device)
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
-            if old is not None and old.is_meta:
+            if old is not None and old.is_meta and not hasattr(old, "sink"):
                 if old not in made:
                     made[old] = frozen(torch.empty_like(old, device=device))
                 module._parameters[name] = made[old]

@@ -16,6 +16,7 @@ from engine_npu.attention import BLOCK_SIZE, LANES, NpuAttention
 from engine_npu.ops import rms_norm
 from engine_sdk import (
     COLLECTIVES,
+    QUANT_SCHEMES,
     AttentionBackend,
     AttentionSpec,
     Capabilities,
@@ -68,6 +69,7 @@ class NpuPlatform(TorchPlatform):
             head_dims=Domain.multiples(LANES, high=256),
             block_sizes=Domain.of(BLOCK_SIZE),
             attention=NpuAttention.features,
+            quant_schemes=frozenset(QUANT_SCHEMES),
             collectives=COLLECTIVES,
             graphs="uniform",
             nan_safe=True,

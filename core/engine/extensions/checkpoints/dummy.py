@@ -20,10 +20,14 @@ class DummyPlan:
     def fill(self, device: Device, *, progress: bool = False) -> None:
         """See `LoadPlan.fill`."""
         noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(self._seed))
-        for name, parameter in self._model.named_parameters():
-            if parameter.dim() < 2:
-                parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
+        for name, parameter in list(self._model.named_parameters()):
+            sink = getattr(parameter, "sink", None)
+            target = parameter.data if sink is None else torch.empty(parameter.shape, dtype=parameter.dtype)
+            if target.dim() < 2:
+                target.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
-            scaled = (noise * parameter.shape[-1] ** -0.5).to(parameter.device, parameter.dtype)
-            for _, piece in pieces(parameter.data.view(-1), _NOISE):
+            scaled = (noise * target.shape[-1] ** -0.5).to(target.device, target.dtype)
+            for _, piece in pieces(target.view(-1), _NOISE):
                 piece.copy_(scaled[: piece.numel()])
+            if sink is not None:
+                sink(target)

@@ -7,11 +7,13 @@ through a small staging buffer otherwise.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,21 +171,19 @@ class LoadPlan:
 
         Needs, beyond the weights, the staging buffers and the sources of one merged tensor at a time.
         """
-        targets: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        jobs = []
-        for name, entry in self._direct.items():
-            cut = self._cuts.get(name)
-            jobs += (
-                [_Job(entry, targets[name])] if cut is None else _overlaps(entry, targets[name], cut.dim, 0, cut.spans)
-            )
+        targets: dict[str, Any] = self._model.state_dict(keep_vars=True)
+        taken = {name for name, target in targets.items() if hasattr(target, "sink")}
+        jobs = [job for name in self._direct.keys() - taken for job in self._jobs(name, targets[name])]
         merges = {}
         for name, merge in self._merges.items():
-            if (stacked := merge.slices(targets[name], self._cuts.get(name))) is not None:
+            stacked = None if name in taken else merge.slices(targets[name], self._cuts.get(name))
+            if stacked is not None:
                 jobs += stacked
             else:
                 merges[name] = merge
         nbytes = {name: sum(e.nbytes for es in merge.sources.values() for e in es) for name, merge in merges.items()}
-        total = sum(job.nbytes for job in jobs) + sum(nbytes.values())
+        late = sorted(self._direct.keys() & taken, key=lambda name: _place(self._direct[name]))
+        total = sum(job.nbytes for job in jobs) + sum(nbytes.values()) + sum(self._direct[n].nbytes for n in late)
         disable = None if progress else True  # None: quiet unless standard error is a terminal
         bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable)
         staging = _Staging(device)
@@ -192,14 +192,46 @@ class LoadPlan:
             staging.read(job)
             bar.update(job.nbytes)
 
+        def take(name: str) -> None:
+            whole = torch.zeros(targets[name].shape, dtype=targets[name].dtype)
+            for job in self._jobs(name, whole):
+                read(job)
+            targets[name].sink(whole)
+            del whole
+            _trim()
+
         with bar, torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(read, sorted(jobs, key=lambda job: (str(job.entry.file), job.entry.begin))))
+            list(pool.map(read, sorted(jobs, key=lambda job: _place(job.entry))))
+            for name in late:  # one after the other: each is whole for a while
+                take(name)
             for name, merge in merges.items():
                 for target, tensor in merge.make(self._model, name, Entry.load).items():
                     cut = self._cuts.get(target)
-                    targets[target].copy_(tensor if cut is None else _keep(cut, tensor))
+                    kept = tensor if cut is None else _keep(cut, tensor)
+                    if target in taken:
+                        targets[target].sink(kept.to(targets[target].dtype))
+                    else:
+                        targets[target].copy_(kept)
                 bar.update(nbytes[name])
         device.synchronize()
+
+    def _jobs(self, name: str, target: Tensor) -> list[_Job]:
+        entry, cut = self._direct[name], self._cuts.get(name)
+        return [_Job(entry, target)] if cut is None else _overlaps(entry, target, cut.dim, 0, cut.spans)
+
+
+def _place(entry: Entry) -> tuple[str, int]:
+    return str(entry.file), entry.begin
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int]:
+    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
+
+
+def _trim() -> None:
+    """Give memory that was freed back to the system; glibc keeps pieces of up to 32 MiB between those in use."""
+    _malloc_trim()(0)
 
 
 class _Staging(threading.local):
