@@ -30,6 +30,7 @@ NO_DEVICE = {"gpu_memory_utilization", "num_gpu_blocks"}  # an option and a metr
 BUILDS_ON = {
     "engine.extensions.server": "engine.extensions.serving",
     "engine.extensions.serving": "engine.extensions.tokenizers",
+    "engine.extensions.quantization": "engine.extensions.checkpoints",
     "engine.extensions.server.pooling": "engine.extensions.pooling",
     "engine.extensions.server.routes.embeddings": "engine.extensions.pooling",
     "engine.extensions.server.routes.scores": "engine.extensions.pooling",

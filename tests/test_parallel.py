@@ -1,35 +1,54 @@
 """Models on several ranks: the channel, what each rank keeps, equal outputs, and what happens when a rank does not."""
 
+import itertools
+import json
 import os
 import queue
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine import LLM, SamplingParams
+from engine.batch import Rows
 from engine.config import EngineArgs
 from engine.errors import ConfigError, EngineDeadError, RequestError, UnsupportedModelError
-from engine.extensions.parallel import tensor
+from engine.extensions.parallel import messages, pipeline, tensor
+from engine.extensions.parallel import rank as rank_module
 from engine.extensions.parallel.channel import Memory, Reader, Writer
 from engine.extensions.parallel.collectives import Group, bounds
+from engine.extensions.parallel.context import ContextPlatform
+from engine.extensions.parallel.driver import Ranks
 from engine.extensions.parallel.share import RankShare
-from engine.interfaces import Communicator, GroupSpec
+from engine.interfaces import AttentionBackend, AttentionBatch, AttentionSpec, Capabilities, Communicator, GroupSpec
 from engine.model import adapt
 from engine.model.adapt import AdaptedModel, load_model
 from engine.plugins import load_platform
+from engine.request import CoreRequest
+from engine.step import Work
 from engine_conformance.tiny_models import tiny_model
+from engine_sdk import TorchPlatform
 
 ROOT = Path(__file__).parents[1]
 PROMPTS: list[Any] = [{"prompt_token_ids": [(i * k + 3) % 120 + 3 for i in range(4 + 9 * k)]} for k in range(1, 5)]
@@ -238,6 +257,50 @@ def test_ranks_agree_with_the_whole(name: str, size: int, saved: Callable[..., s
 
 
 @pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_round_their_part_of_a_weight(tied: bool, saved: Callable[..., str]) -> None:
+    """Groups lie within the parts, and the head has a scale for each row: ranks round as the whole does."""
+    folder = saved("qwen2", intermediate_size=128, tie_word_embeddings=tied)
+    want, got, nbytes = split(folder, 2, quantization="int4")
+    for logits in got:
+        torch.testing.assert_close(logits, want, rtol=0, atol=2e-5 * float(want.abs().max()))
+    assert max(nbytes[:-1]) < 0.62 * nbytes[-1]
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize(("size", "stages", "fits"), [(2, 1, True), (1, 2, True), (4, 1, False)])
+def test_ranks_read_their_part_of_stored_integers(
+    size: int, stages: int, fits: bool, saved: Callable[..., str], tmp_path: Path
+) -> None:
+    shutil.copytree(saved("llama", intermediate_size=128), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        grouped = tensors[name].unflatten(1, (-1, 32))
+        scales = grouped.abs().amax(-1) / 127
+        tensors[f"{name}_scale"] = scales
+        tensors[name] = (grouped / scales[..., None]).round().flatten(1).to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not fits:
+        with pytest.raises(
+            ConfigError, match=r"o_proj.weight_scale cannot be split at .*, since 32 of them are stored"
+        ):
+            split(str(tmp_path), size)
+        return
+    want, got, nbytes = split(str(tmp_path), size, stages)
+    for logits in got[-size:]:
+        torch.testing.assert_close(logits, want, rtol=0, atol=2e-5 * float(want.abs().max()))
+    assert max(nbytes[:-1]) < 0.75 * nbytes[-1]
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_experts_are_dealt_out(name: str, size: int, saved: Callable[..., str]) -> None:
@@ -300,7 +363,7 @@ def test_stages_agree_with_the_whole(name: str, size: int, stages: int, saved: C
     want, got, nbytes = split(saved(name), size, stages)
     for logits in got[-size:]:
         torch.testing.assert_close(logits, want, rtol=0, atol=2e-5 * float(want.abs().max()))
-    assert all(logits.shape == want.shape for logits in got), "stages sample alike"
+    assert all(logits.shape == (len(want), 1) for logits in got[:-size]), "no stage but the last has logits"
     assert max(nbytes[:-1]) < 0.75 * nbytes[-1], "a stage has nearly all weights"
 
 
@@ -320,6 +383,418 @@ def test_bounds_cover_everything_once() -> None:
 def test_names_as_plans_have_them() -> None:
     assert tensor._generic("model.layers.10.mlp.experts.3.w1") == "model.layers.*.mlp.experts.*.w1"
     assert tensor._generic("model.layer1.fc2") == "model.layer1.fc2"
+
+
+# Whole engines, with threads for ranks: the driver, its messages and the ranks' loop are the real ones.
+
+
+class ThreadLine:
+    """What connects a rank with its driver: a queue and a socket."""
+
+    def __init__(self, rank: int, size: int, sock: socket.socket) -> None:
+        self.rank, self.size, self._sock = rank, size, sock
+        self.inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.read = self.count = 0
+
+    def receive(self) -> bytes:
+        if (data := self.inbox.get()) is None:
+            raise SystemExit
+        self.read += 1
+        return data
+
+    def send(self, message: messages.FromRank) -> None:
+        messages.send(self._sock, message)
+
+    def entered(self) -> None:
+        self.count += 1
+
+
+class ThreadRanks(Ranks):
+    """See `Ranks`."""
+
+    def __init__(self, args: EngineArgs) -> None:
+        pairs = [socket.socketpair() for _ in range(args.world_size)]
+        super().__init__(args, [ours for ours, _ in pairs], "127.0.0.1")
+        self.lines = [ThreadLine(rank, len(pairs), theirs) for rank, (_, theirs) in enumerate(pairs)]
+        self._threads = [
+            threading.Thread(target=self._live, args=(line,), daemon=True, name=f"ranks of {id(self)}")
+            for line in self.lines
+        ]
+        self._finalizer = weakref.finalize(self, end, self.lines, self._threads, [s for pair in pairs for s in pair])
+        for thread in self._threads:
+            thread.start()
+
+    @staticmethod
+    def _live(line: ThreadLine) -> None:
+        try:
+            with suppress(SystemExit):
+                rank_module._run(line, lambda args: 0)
+        except Exception as error:
+            for threads in WORLDS.values():
+                threads.barrier.abort()
+            with suppress(OSError):
+                line.send(messages.Failed(type(error).__name__, str(error), traceback.format_exc()))
+
+    def _write(self, data: bytes) -> None:
+        for line in self.lines:
+            line.inbox.put(data)
+
+    def _progress(self) -> tuple[list[int], list[int]]:
+        return [line.read for line in self.lines], [line.count for line in self.lines]
+
+    def _stopped(self) -> list[int]:
+        return []
+
+    def _where(self, rank: int) -> str:
+        return f"thread {rank}"
+
+    def _how(self, rank: int) -> str:
+        return "ended"
+
+    def _kill(self) -> None:
+        self._finalizer()
+
+
+def end(lines: list[ThreadLine], threads: list[threading.Thread], sockets: list[socket.socket]) -> None:
+    for line in lines:
+        line.inbox.put(None)
+    for thread in threads:
+        thread.join(timeout=5)
+    for sock in sockets:
+        sock.close()
+
+
+WORLDS: dict[tuple[str, str, tuple[int, ...]], Threads] = {}
+"""By the executor whose threads they are, and the group."""
+
+
+@pytest.fixture
+def ranks_are_threads(one_at_a_time: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = threading.Lock()
+    WORLDS.clear()
+
+    def communicator(platform: object, group: GroupSpec) -> ThreadCommunicator:
+        with lock:
+            threads = WORLDS.setdefault(
+                (threading.current_thread().name, group.role, group.ranks), Threads(len(group.ranks))
+            )
+        return ThreadCommunicator(threads, group.ranks.index(group.rank), group.role)
+
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: None)
+    monkeypatch.setattr(TorchPlatform, "communicator", communicator)
+    monkeypatch.setattr("engine.extensions.parallel.processes.Processes", ThreadRanks)
+
+
+def crowd() -> list[CoreRequest]:
+    """Prompts that begin alike, of every kind of sampling, some of which needs the tokens before."""
+    shared = [i * 7 % 110 + 3 for i in range(44)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0, "logprobs": 1, "prompt_logprobs": 1},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 5},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 6},
+    ]
+    return [
+        CoreRequest(
+            str(i),
+            [*shared[: 3 + 6 * i], i + 3, 2 * i + 9],
+            SamplingParams(max_tokens=17 + i, ignore_eos=True, **kinds[i % 4]),
+            bad_token_ids=[[5, 6]] if i % 3 == 0 else [],
+        )
+        for i in range(8)
+    ]
+
+
+def play(llm: LLM) -> tuple[dict[str, list[int]], int]:
+    """Tokens of a crowd, one of which is aborted in mid-flight and comes again; and the most steps under way."""
+    core, deepest = llm._core, 0
+    found: dict[str, list[int]] = defaultdict(list)
+    asked = crowd()
+    for request in asked:
+        core.add(request)
+    for count in itertools.count():
+        if count == 7:
+            core.abort(["3"])
+        if count == 9:
+            found.pop("3", None)
+            core.add(asked[3])
+        if not core.has_work():
+            break
+        for output in core.step():
+            found[output.request_id] += output.token_ids
+        deepest = max(deepest, 1 + len(core._in_flight))
+        pairs = [pair for step, seqs in core.scheduler._in_flight for pair in zip(step.work, seqs, strict=True)]
+        drawing = [seq for work, seq in pairs if work.sample]
+        assert len(drawing) == len(set(drawing)), "a step waits for a token of one under way"
+    assert core.kv.usage() == 0
+    return dict(found), deepest
+
+
+TIGHT: dict[str, Any] = {**OPTIONS, "block_size": 8, "num_blocks": 13, "max_model_len": 80, "max_num_seqs": 5}
+TIGHT |= {"max_num_batched_tokens": 24}
+ONE_KEY = {"num_key_value_heads": 1}
+
+
+@pytest.mark.usefixtures("ranks_are_threads")
+@pytest.mark.parametrize(
+    ("name", "fields", "forms"),
+    [
+        ("llama", {}, {"pipeline": 2}),
+        ("llama", {}, {"pipeline": 4}),
+        ("qwen3_moe", {"use_sliding_window": False}, {"pipeline": 2, "tensor": 2, "experts": True}),
+        ("llama", {}, {"tensor": 4, "decode_context": 2}),
+        ("llama", ONE_KEY, {"tensor": 4, "decode_context": 4}),
+        ("llama", ONE_KEY, {"tensor": 2, "decode_context": 2, "pipeline": 2}),
+        ("qwen3_moe", {**ONE_KEY, "use_sliding_window": False}, {"tensor": 2, "decode_context": 2, "experts": True}),
+    ],
+)
+def test_forms_and_their_combinations(
+    name: str, fields: dict[str, Any], forms: dict[str, Any], saved: Callable[..., str]
+) -> None:
+    folder = saved(name, **fields)
+    want, _ = play(LLM(folder, **TIGHT))
+    options: dict[str, Any] = {f"{form}_parallel_size": size for form, size in forms.items() if form != "experts"}
+    llm = LLM(folder, enable_expert_parallel="experts" in forms, **options, **TIGHT)
+    got, deepest = play(llm)
+    assert got == want
+    assert llm._core.scheduler.num_preemptions > 0
+    assert llm._core.kv.num_hit > 0
+    assert deepest == forms.get("pipeline", 1)
+
+
+@pytest.mark.usefixtures("ranks_are_threads")
+def test_sinks_go_with_their_heads(saved: Callable[..., str]) -> None:
+    alone, two = (LLM(saved("gpt_oss"), tensor_parallel_size=size, **OPTIONS) for size in (1, 2))
+    assert generate(two) == generate(alone)
+
+
+@pytest.mark.usefixtures("ranks_are_threads")
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"tensor": 2, "experts": True},
+        {"pipeline": 2},
+        {"tensor": 2, "decode_context": 2},
+    ],
+)
+def test_replicas_of_every_form(forms: dict[str, Any], saved: Callable[..., str]) -> None:
+    folder = saved("qwen3_moe", **ONE_KEY, use_sliding_window=False)
+    options: dict[str, Any] = {f"{form}_parallel_size": size for form, size in forms.items() if form != "experts"}
+    llm = LLM(folder, data_parallel_size=2, enable_expert_parallel="experts" in forms, **options, **OPTIONS)
+    assert generate(llm) == generate(LLM(folder, **OPTIONS))
+
+
+def test_stages_keep_to_a_form(ranks_are_threads: None) -> None:
+    """Which the last one does alone, and its next step needs all tokens before."""
+    options = {name: value for name, value in OPTIONS.items() if name != "skip_tokenizer_init"}
+    params = SamplingParams(temperature=0, max_tokens=16, structured_outputs={"regex": "[ab]{9}c"})
+    alone, staged = (
+        [
+            output.outputs[0].text
+            for output in LLM(pipeline_parallel_size=size, **options).generate(["x", "y z"], params)
+        ]
+        for size in (1, 2)
+    )
+    assert alone == staged
+    assert all(re.fullmatch("[ab]{9}c", text) for text in staged)
+
+
+def test_pooling_on_ranks(ranks_are_threads: None, saved: Callable[..., str]) -> None:
+    options: dict[str, Any] = {**OPTIONS, "runner": "pooling"}
+    folder, both = saved("llama", **ONE_KEY), {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
+    alone, split = (LLM(folder, **sizes, **options).embed(PROMPTS) for sizes in ({}, both))
+    for one, other in zip(alone, split, strict=True):
+        assert other.outputs.embedding == pytest.approx(one.outputs.embedding, abs=1e-5)
+    with pytest.raises(UnsupportedModelError, match=r"no plan for stages.*use tensor_parallel_size"):
+        LLM(folder, pipeline_parallel_size=2, **options)
+
+
+def test_a_token_that_comes_late_is_not_the_next_owners() -> None:
+    rows, gone, stays = Rows(2, 16, []), object(), object()
+    runner: Any = SimpleNamespace(builder=SimpleNamespace(rows=rows), requests={0: object(), 1: stays})
+    work = [Work(row, 3, 1, [], True) for row in (0, 1)]
+    batch = SimpleNamespace(work=work, order=[1, 0], sampled=[0, 1])
+    rows.sampled_at[:] = 4
+    pipeline.learn(runner, cast(Any, SimpleNamespace(batch=batch, requests=[gone, stays])), [8, 9])
+    assert rows.token_ids[:, 4].tolist() == [0, 8]
+    assert rows.sampled_at.tolist() == [4, -1]
+
+
+def test_all_stages_work_at_once(
+    ranks_are_threads: None, saved: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer takes 20 ms here. One stage after the other, each would be busy for a quarter of the time."""
+    spans: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    forward: Any = LlamaDecoderLayer.forward
+
+    def slow(self: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        begin = time.monotonic()
+        if not hidden_states.is_meta:
+            time.sleep(0.02)
+        output = forward(self, hidden_states, *args, **options)
+        spans[threading.get_ident()].append((begin, time.monotonic()))
+        return output
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", slow)
+    llm = LLM(saved("llama"), pipeline_parallel_size=4, **OPTIONS)
+    spans.clear()
+    llm.generate([PROMPTS[0]] * 8, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    begin, end = min(s[0][0] for s in spans.values()), max(s[-1][1] for s in spans.values())
+    busy = [sum(b - a for a, b in stage) / (end - begin) for stage in spans.values()]
+    assert len(busy) == 4
+    assert min(busy) > 0.45, "bubbles"
+
+
+@pytest.mark.parametrize(
+    ("width", "read", "entered", "named"),
+    [
+        (1, [9, 7, 7], [9, 8, 7], "rank 1 (thread 1)"),  # rank 2 waits for it, rank 0 runs on
+        (1, [8, 9, 9], [4, 4, 4], "rank 0 (thread 0)"),
+        (2, [9, 9, 9, 9], [40, 39, 22, 22], "rank 1 (thread 1)"),  # stages enter other numbers of collectives
+        (2, [9, 9, 8, 8], [40, 40, 22, 22], "rank 2 (thread 2), rank 3 (thread 3)"),
+        (2, [9, 9], [40, 40], "no rank more than others"),
+    ],
+)
+def test_who_is_behind(width: int, read: list[int], entered: list[int], named: str) -> None:
+    ranks = ThreadRanks.__new__(ThreadRanks)
+    vars(ranks).update(_size=len(read), _width=width, _timeout=1.0, _finalizer=lambda: None, _dead=None)
+    assert f"for 1 s, and {named} is behind" in str(ranks._hung(read, entered))
+
+
+# Decode context parallel.
+
+
+def attention_batch(spans: Sequence[tuple[int, int]], block_size: int, padding: int = 0) -> AttentionBatch:
+    """Requests that compute tokens ``[start, end)`` each, decodes first; request i owns blocks from ``1 + 4 i`` on."""
+    ends = [end for _, end in spans]
+    counts = [end - start for start, end in spans]
+    table = 1 + torch.arange(4 * len(spans), dtype=torch.int32).view(-1, 4)
+    slots = [
+        int(table[i, p // block_size]) * block_size + p % block_size
+        for i, (start, end) in enumerate(spans)
+        for p in range(start, end)
+    ]
+    query_start = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    lengths = torch.tensor(ends, dtype=torch.int32)
+    return AttentionBatch(
+        query_start=query_start,
+        seq_lens=lengths,
+        block_table=table,
+        slots=torch.tensor([*slots, *[0] * padding]),
+        query_start_host=query_start,
+        seq_lens_host=lengths,
+        num_decodes=sum(count == 1 for count in counts),
+        max_query_len=max(counts),
+        max_seq_len=max(ends),
+        block_size=block_size,
+    )
+
+
+def bound(backend: AttentionBackend, block_size: int) -> Any:
+    layout = backend.layout(block_size)
+    storage = torch.full((64 * (-(-layout.block_bytes // 256) * 256),), 0x7F, dtype=torch.uint8)
+    return layout.bind(storage, 64)
+
+
+class Careless:
+    """A backend that leaves garbage where a request has no keys, as it may."""
+
+    def __init__(self, inner: AttentionBackend) -> None:
+        self._inner, self.layout = inner, inner.layout
+
+    def plan(self, batch: AttentionBatch) -> Any:
+        return batch.seq_lens == 0, self._inner.plan(batch)
+
+    def forward(self, q: Any, k: Any, v: Any, cache: Any, plan: Any, out: Tensor, *, lse: Tensor) -> None:
+        self._inner.forward(q, k, v, cache, plan[1], out, lse=lse)
+        out[plan[0]], lse[plan[0]] = torch.nan, torch.nan
+
+
+@pytest.mark.parametrize("platform", ["cpu", "torch:cpu"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_merge_what_each_finds_in_its_part_of_the_tokens(platform: str, size: int) -> None:
+    """Prompts whole and in chunks, decodes, requests of which a rank has nothing, and padding."""
+    chosen, heads, dim, block_size = load_platform(platform), 2, 16, 4 * size
+    spec = AttentionSpec(heads, 1, dim, dim, 0.25, torch.float32, torch.float32)
+    whole = chosen.attention(replace(spec, num_heads=size * heads))
+    world, cache = Threads(size), bound(whole, block_size)
+    ranks = [
+        ContextPlatform(chosen, Group(ThreadCommunicator(world, rank, "cp"))).attention(spec) for rank in range(size)
+    ]
+    for backend in ranks:
+        vars(backend)["_inner"] = Careless(vars(backend)["_inner"])
+    caches = [bound(backend, block_size) for backend in ranks]
+    torch.manual_seed(size)
+    steps = [([(0, 1), (0, 2), (0, 13)], 0), ([(1, 2), (2, 3), (13, 31), (0, 5)], 3), ([(2, 3), (3, 4), (31, 32)], 0)]
+    for spans, padding in steps:
+        batch = attention_batch(spans, block_size, padding)
+        q = torch.randn(batch.num_tokens, size * heads, dim) * 3
+        k, v = torch.randn(2, batch.num_tokens, 1, dim)
+        want, got = torch.zeros_like(q), torch.zeros_like(q)
+        whole.forward(q, k, v, cache, whole.plan(batch), want)
+
+        def run(rank: int, batch: Any = batch, q: Tensor = q, k: Tensor = k, v: Tensor = v, got: Tensor = got) -> None:
+            mine, backend = slice(rank * heads, (rank + 1) * heads), ranks[rank]
+            out = torch.empty_like(q[:, mine])
+            backend.forward(q[:, mine], k, v, caches[rank], backend.plan(batch), out)
+            got[:, mine] = out
+
+        with ThreadPoolExecutor(size) as pool:
+            list(pool.map(run, range(size)))
+        tokens = int(batch.query_start[-1])
+        torch.testing.assert_close(got[:tokens], want[:tokens], rtol=0, atol=2e-5)
+
+
+def test_a_captured_step_is_brought_up_to_date_in_place() -> None:
+    backend = ContextPlatform(load_platform("cpu"), Group(ThreadCommunicator(Threads(2), 1, "cp"))).attention(
+        AttentionSpec(2, 1, 16, 16, 0.25, torch.float32, torch.float32)
+    )
+    plan = backend.plan(attention_batch([(4, 5), (8, 9), (3, 4)], 8))
+    before = plan.batch.seq_lens, plan.batch.slots
+    now = attention_batch([(6, 7), (21, 22), (4, 5)], 8)
+    backend.refresh(plan, now)
+    assert (plan.batch.seq_lens, plan.batch.slots) == before, "the same tensors"
+    assert plan.batch.seq_lens.tolist() == plan.batch.seq_lens_host.tolist() == [3, 11, 2]
+    assert plan.batch.slots.tolist() == [0, 30, 0], "token 21 lies here, as the second one's 11th"
+
+
+def test_as_many_blocks_hold_the_tokens_of_several_ranks(ranks_are_threads: None, saved: Callable[..., str]) -> None:
+    folder = saved("llama", **ONE_KEY)
+    infos = [LLM(folder, tensor_parallel_size=4, decode_context_parallel_size=size, **OPTIONS).info for size in (1, 4)]
+    one, four = (info.num_blocks * info.block_size for info in infos)
+    assert four == 4 * one
+    assert infos[0].kv_bytes == infos[1].kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "forms", "error", "says"),
+    [
+        ("llama", {}, {"decode_context": 2}, ConfigError, "must divide tensor_parallel_size, which is 1"),
+        ("llama", {}, {"tensor": 4, "decode_context": 3}, ConfigError, "must divide tensor_parallel_size, which is 4"),
+        ("llama", {}, {"tensor": 2, "decode_context": 2}, ConfigError, r"the 2 heads of keys and values times 2"),
+        ("gpt_oss", {"num_key_value_heads": 1}, {"tensor": 2, "decode_context": 2}, UnsupportedModelError, "sliding"),
+        ("deepseek_v3", {}, {"tensor": 2, "decode_context": 2}, ConfigError, "the 4 heads of keys and values times 2"),
+        ("llama", {}, {"pipeline": 5}, ConfigError, "pipeline_parallel_size 5 is more than the model's 4 layers"),
+    ],
+)
+def test_combinations_that_are_refused(
+    ranks_are_threads: None,
+    name: str,
+    fields: dict[str, Any],
+    forms: dict[str, int],
+    error: type[Exception],
+    says: str,
+    saved: Callable[..., str],
+) -> None:
+    with pytest.raises(error, match=says):
+        LLM(saved(name, **fields), **{f"{form}_parallel_size": size for form, size in forms.items()}, **OPTIONS)
+
+
+def test_attention_that_gives_no_log_sum_exp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = load_platform("cpu")
+    monkeypatch.setattr(platform, "capabilities", lambda: Capabilities(attention=frozenset({"softcap"})))
+    with pytest.raises(ConfigError, match="cpu does not declare the attention feature lse"):
+        ContextPlatform(platform, Group(ThreadCommunicator(Threads(2), 0, "cp")))
 
 
 # Processes.
@@ -353,7 +828,7 @@ def running(pid: int) -> bool:
     [
         ({"enable_expert_parallel": True}, "set tensor_parallel_size"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
-        ({"distributed_executor_backend": "pm"}, "no distributed_executor_backend 'pm'; there are: mp"),
+        ({"distributed_executor_backend": "pm"}, "no distributed_executor_backend 'pm'; there are: mp, ray"),
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], says: str, saved: Callable[..., str]) -> None:
@@ -437,14 +912,17 @@ def entries(output: Any) -> list[dict[int, float]]:
 
 
 def test_a_simulated_accelerator(saved: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has collectives of its own, and this process never loads it: its ranks do."""
+    """It has collectives of its own, and this process never loads it: its ranks do. Every form but replicas."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("its code is compiled on first use, and there is no compiler")
     distribution(tmp_path, "engine-plugin-npu", "engine.platforms", "npu = engine_npu:NpuPlatform")
     paths = [tmp_path, ROOT / "examples/engine-plugin-npu", *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
-    want = generate(LLM(saved("qwen3_moe"), **OPTIONS))
-    llm = LLM(saved("qwen3_moe"), tensor_parallel_size=2, **{**OPTIONS, "platform": "npu"})
+    monkeypatch.setenv("NPU_SIM_DEVICES", "4")
+    folder = saved("qwen3_moe", **ONE_KEY, use_sliding_window=False)
+    want = generate(LLM(folder, **OPTIONS))
+    sizes = dict.fromkeys((f"{form}_parallel_size" for form in ("tensor", "pipeline", "decode_context")), 2)
+    llm = LLM(folder, **sizes, enable_expert_parallel=True, **{**OPTIONS, "platform": "npu"})
     assert llm.info.platform == "npu"
     assert generate(llm) == want
 
@@ -482,7 +960,7 @@ def test_an_exception_of_a_rank_comes_with_its_traceback(
     (tmp_path / "boom.py").write_text(BOOM)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     llm = LLM(saved("llama"), tensor_parallel_size=2, **OPTIONS)
-    with pytest.raises(EngineDeadError, match="rank 1 of 2: ArithmeticError: boom") as caught:
+    with pytest.raises(EngineDeadError, match=r"rank 1 of 2 \(process \d+\): ArithmeticError: boom") as caught:
         llm.generate([{"prompt_token_ids": list(range(3, 27))}], GREEDY)
     (note,) = caught.value.__notes__
     assert 'raise ArithmeticError("boom")' in note

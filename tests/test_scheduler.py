@@ -24,9 +24,10 @@ def make(
     policy: Literal["fcfs", "priority"] = "fcfs",
     chunk: int = 256,
     caching: bool = True,
+    stages: int = 1,
 ) -> Scheduler:
     kv = KVCacheManager([KVGroup(spec, ()) for spec in specs], CacheConfig(num_blocks, caching))
-    return Scheduler(SchedulerConfig(seqs, tokens, length, policy, chunk), kv)
+    return Scheduler(SchedulerConfig(seqs, tokens, length, policy, chunk, stages=stages), kv)
 
 
 def request(
@@ -204,6 +205,29 @@ def test_a_step_ahead_computes_the_token_in_flight() -> None:
     outputs = [scheduler.update(step, result(step, token))[0] for step, token in zip(steps, (5, 6, 7), strict=True)]
     assert [output.token_ids for output in outputs] == [[5], [6], [7]]
     assert [output.finish_reason for output in outputs] == [None, None, "length"]
+
+
+def test_steps_of_several_stages_share_the_sequences() -> None:
+    scheduler = make(stages=3)
+    for name in "abcdefg":
+        scheduler.add(request(name, 4, max_tokens=9))
+    steps = [step_of(scheduler) for _ in range(3)]
+    assert [[work.row for work in step.work] for step in steps] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert scheduler.schedule() is None, "each sequence waits for its token"
+    for size in (3, 3, 1, 3):
+        scheduler.update(steps[0], result(steps[0]))
+        steps = [*steps[1:], step_of(scheduler)]
+        assert len(steps[-1].work) == size, "those that are back, and no more"
+    scheduler.add(request("h", 4, max_tokens=9))
+    assert len(step_of(scheduler).work) == 1, "one that arrives need not wait"
+
+
+def test_chunks_of_a_prompt_follow_one_another_through_the_stages() -> None:
+    scheduler = make(stages=2, tokens=8)
+    scheduler.add(request("a", 20, max_tokens=9))
+    steps = [step_of(scheduler) for _ in range(3)]
+    assert [spans(step) for step in steps] == [[(0, 0, 8, False)], [(0, 8, 8, False)], [(0, 16, 4, True)]]
+    assert scheduler.schedule() is None, "its first token is under way"
 
 
 def test_tokens_after_a_late_stop_are_dropped() -> None:

@@ -247,6 +247,7 @@ class History(RuleBasedStateMachine):
         chunk=st.integers(1, 6),
         caching=st.sampled_from([True, True, True, False]),
         depth=st.integers(1, 3),
+        stages=st.sampled_from([1, 1, 2, 3]),
         requests=st.lists(REQUESTS, min_size=3, max_size=8),
     )
     def build(
@@ -259,15 +260,17 @@ class History(RuleBasedStateMachine):
         chunk: int,
         caching: bool,
         depth: int,
+        stages: int,
         requests: list[CoreRequest],
     ) -> None:
         # a pool that holds this many sequences of full length
         num_blocks = 1 + int(longest * sum(spec.max_blocks(MAX_MODEL_LEN - 1, budget) for spec in specs))
         self.kv = KVCacheManager([KVGroup(spec, ()) for spec in specs], CacheConfig(num_blocks, caching))
-        self.scheduler = Scheduler(SchedulerConfig(max_num_seqs, budget, MAX_MODEL_LEN, policy, chunk), self.kv)
+        config = SchedulerConfig(max_num_seqs, budget, MAX_MODEL_LEN, policy, chunk, stages=stages)
+        self.scheduler = Scheduler(config, self.kv)
         self.runner = PagedRunner(specs, num_blocks, max_num_seqs)
         self.budget = budget
-        self.depth = depth
+        self.depth, self.stages = depth, stages
         self.caching = caching
         self.in_flight: deque[tuple[Step, StepResult]] = deque()
         self.live: dict[str, Received] = {}
@@ -319,6 +322,11 @@ class History(RuleBasedStateMachine):
             return False
         History.num_steps += 1
         assert step.num_tokens <= self.budget
+        if self.stages > 1:
+            sequences = [
+                seq for work, seq in zip(step.work, self.scheduler._in_flight[-1][1], strict=True) if work.sample
+            ]
+            assert all(seq.num_tokens == len(seq.token_ids) + 1 for seq in sequences), "a step waits for another"
         result = self.runner.run(step)
         assert all(self.kv.allocator._refs[block] for block in self.runner.read_pages), "given up, yet still read"
         self.in_flight.append((step, result))

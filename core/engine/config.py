@@ -20,15 +20,8 @@ DEMO_MODEL = Path(__file__).with_name("demo_model")
 """The small model that ships with the engine."""
 
 _AT_LEAST_ONE = (
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "kv_cache_memory_bytes",
-    "num_blocks",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "data_parallel_size",
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "num_blocks"),
+    *(f"{how}_parallel_size" for how in ("tensor", "pipeline", "data", "decode_context")),
     "distributed_timeout_seconds",
 )
 
@@ -44,6 +37,7 @@ class EngineArgs:
         skip_tokenizer_init: no tokenizer; prompts and outputs are token ids.
         trust_remote_code: run Python code that comes with the checkpoint.
         dtype: ``"auto"`` (the checkpoint's, with fp32 kept as fp32), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        quantization: ``"int8"`` or ``"int4"`` rounds linear layers while loading; stored formats need no word.
         load_format: ``"auto"`` reads safetensors, ``"dummy"`` fills random weights; plugins may have others.
         hf_overrides: fields that replace those of config.json.
         runner: ``"generate"``, or ``"pooling"`` for embeddings, scores and classes; ``"auto"`` follows the checkpoint.
@@ -53,9 +47,11 @@ class EngineArgs:
         device_index: which device of the platform; of several ranks, the first one's.
         tensor_parallel_size: ranks that split each layer of the model.
         pipeline_parallel_size: stages of successive layers, each of as many ranks, that a step passes through.
+        decode_context_parallel_size: of the ranks that split layers, so many hold each sequence's keys between them.
         data_parallel_size: replicas of the engine, with so many ranks each; requests go to the least busy.
         enable_expert_parallel: the ranks that split layers have whole experts each, and tokens travel.
-        distributed_executor_backend: what runs several ranks; ``"mp"`` by default, a process each on this machine.
+        distributed_executor_backend: what runs several ranks: ``"mp"``, the default, on this machine, or ``"ray"``.
+        ray_address: of the cluster that ``"ray"`` joins; None takes ``RAY_ADDRESS``, or starts one on this machine.
         distributed_timeout_seconds: without progress of any rank, a run ends after these, and names who is behind.
         max_model_len: most tokens of prompt and output together; None takes the model's limit, or what fits.
         max_num_seqs: most sequences in a step.
@@ -78,6 +74,7 @@ class EngineArgs:
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: str | None = None
     load_format: str = "auto"
     hf_overrides: dict[str, Any] = field(default_factory=dict)
     runner: Literal["auto", "generate", "pooling"] = "auto"
@@ -87,9 +84,11 @@ class EngineArgs:
     device_index: int = 0
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
     data_parallel_size: int = 1
     enable_expert_parallel: bool = False
     distributed_executor_backend: str | None = None
+    ray_address: str | None = None
     distributed_timeout_seconds: float = 300.0
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -151,6 +150,7 @@ class SchedulerConfig:
     # most prompt tokens a step computes for a sequence that wants prompt logprobs, since each needs a row of logits
     prompt_logprobs_chunk: int = 256
     whole_prompts: bool = False  # a prompt is computed in one step, for models whose tokens see later ones
+    stages: int = 1  # steps that are under way at once, each with a share of the sequences
 
 
 @dataclass(frozen=True)

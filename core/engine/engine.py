@@ -52,21 +52,23 @@ class Executor(Protocol):
 
 
 def _executor(args: EngineArgs, hooks: Hooks, progress: bool) -> Executor:
-    if args.distributed_executor_backend or args.world_size > 1 or args.enable_expert_parallel:
+    several = args.world_size > 1 or args.enable_expert_parallel or args.decode_context_parallel_size > 1
+    if args.distributed_executor_backend or several:
         executors = {name: make for name, make in hooks.engine_executors().items() if name != "replicas"}
         make = pick("distributed_executor_backend", args.distributed_executor_backend or "mp", executors)
         return cast("Executor", make(args, progress=progress))
-    return make_runner(args, hooks, progress=progress)
+    return make_runner(args, progress=progress)
 
 
 def make_runner(
-    args: EngineArgs, hooks: Hooks, share: Callable[[Platform], Share] | None = None, *, progress: bool = False
+    args: EngineArgs, share: Callable[[Platform], tuple[Platform, Share]] | None = None, *, progress: bool = False
 ) -> ModelRunner:
-    """The runner in this process: of the whole model, or of the share of it that `share` makes."""
+    """The runner in this process: of the whole model, or of a `share` of it on the platform as that share sees it."""
     platform = load_platform(args.platform, args.device_index)
-    args = resolve(args, platform, hooks.engine_config_defaults(asdict(args)))
+    platform, mine = share(platform) if share else (platform, None)
+    args = resolve(args, platform, get_hooks().engine_config_defaults(asdict(args)))
     kinds: list[Any] = [kind for plugin in discover(RUNNERS) if (kind := cast(Any, plugin.load())).claims(args)]
-    return cast(ModelRunner, (kinds or [ModelRunner])[0](args, platform, share and share(platform), progress=progress))
+    return cast(ModelRunner, (kinds or [ModelRunner])[0](args, platform, mine, progress=progress))
 
 
 def make_core(args: EngineArgs, *, progress: bool = False) -> EngineCore:
@@ -88,7 +90,7 @@ class EngineCore:
         self.runner = _executor(args, self._hooks, progress)
         self.kv = KVCacheManager(self.runner.kv_plan.groups, self.runner.cache_config)
         self.scheduler = Scheduler(self.runner.scheduler_config, self.kv)
-        self._depth = 2 if self.runner.overlap else 1
+        self._depth = max(self.runner.scheduler_config.stages, 2 if self.runner.overlap else 1)
         self._in_flight: deque[tuple[Step, Launched]] = deque()
         self.info = self.runner.info(load_seconds=time.monotonic() - begin)
         self._grammars = self._hooks.engine_grammars(asdict(args), self.info.vocab_size)

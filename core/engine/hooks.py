@@ -63,8 +63,19 @@ def engine_swaps() -> Mapping[str, Callable[..., Any]] | None:
     """Swaps of a model's parts, made once a probe has seen it, while its parameters are on `meta`.
 
     Returns:
-        The name to a function, called as ``parts = swap(model, seen, packs)`` with what the probe saw and whether
-        the platform packs weights. Each part gets ``allocate(device)``, and, filled, ``pack(method)`` where it does.
+        The name to a function, called as ``parts = swap(model, seen, linear)`` with what the probe saw and
+        `Platform.linear`. Each part gets ``allocate(device)`` and, once weights are read, ``pack(linear(None))``. A
+        parameter with an attribute ``sink`` gets no storage: it is called with the tensor, on the host.
+    """
+
+
+@hookspec
+def engine_quantization() -> Mapping[str, Callable[..., Any]] | None:
+    """Ways in which weights are quantised.
+
+    Returns:
+        The word of ``--quantization``, or a checkpoint's ``quant_method``, to ``mark(model, args, seen)``, called with
+        what a probe saw: it gives layers an attribute ``quant``, see `engine.extensions.projections.quantised.Recipe`.
     """
 
 

@@ -157,7 +157,7 @@ class Hooks:
 
     engine_models, engine_load_formats = _table("engine_models"), _table("engine_load_formats")
     engine_swaps, engine_executors = _table("engine_swaps"), _table("engine_executors")
-    engine_tokenizers = _table("engine_tokenizers")
+    engine_tokenizers, engine_quantization = _table("engine_tokenizers"), _table("engine_quantization")
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         """Load and register `plugins`; raises `PluginError` for a wrong signature or a hook that does not exist."""

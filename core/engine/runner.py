@@ -86,6 +86,7 @@ class ModelRunner:
         scheduler_config, cache_config: for the scheduler and the KV manager.
         overlap: whether launching a step before the last one is collected pays here.
         requests: which request owns each row.
+        builder: makes the batches.
     """
 
     _begin: Any = None
@@ -95,11 +96,9 @@ class ModelRunner:
     ) -> None:
         gc.collect()  # an engine that was dropped before may be a reference cycle, and hold its memory
         platform.memory().release()
-        self.platform, self._share = platform, share
-        self.args = args
-        device = platform.device()
+        self.platform, self._share, self.args = platform, share, args
+        self._device = device = platform.device()
         device.activate()
-        self._device = device
         self.model: AdaptedModel = load_model(args, platform, share, begin=self._begin, progress=progress)
         assert args.max_num_seqs is not None
         assert args.max_num_batched_tokens is not None
@@ -117,19 +116,19 @@ class ModelRunner:
             num_blocks = share.least(num_blocks)
         max_len, self.min_blocks = _fit(self.kv_plan, num_blocks, args, self.model.max_model_len)
         self.scheduler_config = SchedulerConfig(
-            args.max_num_seqs, args.max_num_batched_tokens, max_len, args.scheduling_policy
+            *(args.max_num_seqs, args.max_num_batched_tokens, max_len, args.scheduling_policy),
+            stages=args.pipeline_parallel_size,
         )
         self.cache_config = CacheConfig(num_blocks, args.enable_prefix_caching)
         self.pool = KVPool(self.kv_plan, backends, platform, num_blocks)
         self._plans = self._bind()
         self._staging = Staging(device)
-        self._builder = BatchBuilder(
-            args.max_num_seqs, max_len, self.kv_plan.groups, self._staging, device.torch_device
-        )
-        runtime = None if args.enforce_eager or declared.graphs == "none" else platform.graphs()
+        self.builder = BatchBuilder(args.max_num_seqs, max_len, self.kv_plan.groups, self._staging, device.torch_device)
+        eager = args.enforce_eager or declared.graphs == "none" or (share is not None and not share.capturable)
+        runtime = None if eager else platform.graphs()
         mixed, config = declared.graphs == "full", self.scheduler_config
         self._graphs = runtime and StepGraphs(
-            runtime, mixed, config, self._staging, self._builder, self._plans, self._forward
+            runtime, mixed, config, self._staging, self.builder, self._plans, self._forward
         )
         vocab_size, ops = self.model.vocab_size, platform.ops()
         self.sampler = Sampler(vocab_size, args.max_num_seqs, device.torch_device, ops, args.seed)
@@ -138,8 +137,6 @@ class ModelRunner:
         self._last_sampled = torch.zeros(args.max_num_seqs, dtype=torch.int64, device=device.torch_device)
         self.overlap = declared.asynchronous if args.async_scheduling is None else args.async_scheduling
         self.requests: dict[int, CoreRequest] = {}
-        if share is not None and not share.capturable:
-            self._graphs = None
 
     def _bind(self) -> list[tuple[int, AttentionBackend]]:
         """Give each layer its cache; returns the (group, backend) pairs that need a plan a step."""
@@ -191,21 +188,21 @@ class ModelRunner:
             self.sampler.admit(new.row, new.request, new.token_ids)
             self.requests[new.row] = new.request
         shape = self._graphs.shape(step) if self._graphs else None
-        self._builder.apply(step)
-        self._staging.begin(self._builder.nbytes(step, shape) + self.sampler.nbytes(len(step.work)))
-        batch = self._builder.build(step, shape)
-        self._builder.stage_tables()
+        self.builder.apply(step)
+        self._staging.begin(self.builder.nbytes(step, shape) + self.sampler.nbytes(len(step.work)))
+        batch = self.builder.build(step, shape)
+        self.builder.stage_tables()
         rows = [batch.work[i].row for i in batch.sampled]
         ends = [batch.work[i].start + batch.work[i].num_tokens for i in batch.sampled]
         # Where the last step's ids are needed, the device gets this one's forward pass before the host waits for them.
         late = self._last if self._last and not self._last.settled and self.sampler.waits(rows) else None
         plan = None if late else self.sampler.plan(rows, ends, self._staging)
         self._staging.upload()
-        self._builder.update_tables()
+        self.builder.update_tables()
         if shape and self._graphs:
             logits = self._graphs.run(shape, batch)
         else:
-            groups = self._builder.attention(batch)
+            groups = self.builder.attention(batch)
             logits = self._forward(batch, [backend.plan(groups[group]) for group, backend in self._plans])
         if plan is None:
             assert late is not None

@@ -94,8 +94,8 @@ class _Plan:
 class Scheduler:
     """Owns all sequences of one engine core. Pure host code: the same calls give the same steps.
 
-    Steps may be scheduled ahead: `schedule` may be called again before `update` of the steps before, to any depth.
-    `update` takes the results in the order of the steps, and the device runs them in that order.
+    `schedule` may be called again before `update` of the steps before, to any depth; `update` takes results in order
+    of steps, in which the device runs them. With several `stages` no step waits for a token of one under way.
 
     Attributes:
         num_preemptions: so far.
@@ -220,7 +220,7 @@ class Scheduler:
     def _continue_running(self, plan: _Plan) -> None:
         """Work for running sequences, in order, so that those preempted have none in this step yet."""
         i = 0
-        while i < len(self._running) and plan.budget:
+        while i < (size := len(self._running)) and plan.budget and len(plan.sequences) * self._config.stages < size:
             seq = self._running[i]
             i += 1
             num_tokens = self._num_computable(seq, seq.num_computed, plan.budget)
@@ -239,7 +239,8 @@ class Scheduler:
 
     def _admit_waiting(self, plan: _Plan) -> None:
         """Rows for waiting sequences, in order: nobody overtakes one that has to wait, so none starves."""
-        while self._waiting and plan.budget and self._free_rows:
+        size = min(len(self._running) + len(self._waiting), self._config.max_num_seqs)
+        while self._waiting and plan.budget and self._free_rows and len(plan.sequences) * self._config.stages < size:
             seq, num_running = self._waiting[0], len(self._running)
             if seq.in_flight or not self._kv.has_room(num_running + 1):
                 return
@@ -262,7 +263,7 @@ class Scheduler:
 
     def _num_computable(self, seq: _Sequence, start: int, budget: int) -> int:
         """Tokens from `start` on that the next step may compute."""
-        if seq.num_tokens == seq.max_len:
+        if seq.num_tokens == seq.max_len or (seq.in_flight and self._config.stages > 1):
             return 0
         num_tokens = min(seq.num_tokens - start, budget)
         if self._config.whole_prompts and start + num_tokens < seq.num_tokens:

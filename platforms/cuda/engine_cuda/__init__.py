@@ -31,6 +31,8 @@ class CudaPlatform(TritonPlatform):
     name = "cuda"
     device_type = "cuda"
     contract = "1.0"
+    _collectives_capturable = True
+    cluster_resource = "GPU"
 
     @classmethod
     def probe(cls) -> Probe:

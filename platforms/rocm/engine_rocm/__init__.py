@@ -39,6 +39,7 @@ class RocmPlatform(TritonPlatform):
     name = "rocm"
     device_type = "cuda"
     contract = "1.0"
+    cluster_resource = "GPU"
 
     @classmethod
     def probe(cls) -> Probe:

@@ -13,14 +13,22 @@ from engine.hooks import hookimpl
 
 @hookimpl
 def engine_executors() -> Mapping[str, Callable[..., Any]]:
-    """One process a rank on this machine; and replicas of whatever runs a model."""
-    return {"mp": _processes, "replicas": _replicas}
+    """A process a rank, on this machine or where Ray starts it; and replicas of whatever runs a model."""
+    return {"mp": _processes, "ray": _actors, "replicas": _replicas}
 
 
 def _processes(args: Any, *, progress: bool) -> Any:
-    from engine.extensions.parallel.driver import ProcessExecutor
+    from engine.extensions.parallel.driver import RanksExecutor
+    from engine.extensions.parallel.processes import Processes
 
-    return ProcessExecutor(args, progress=progress)
+    return RanksExecutor(args, Processes, progress=progress)
+
+
+def _actors(args: Any, *, progress: bool) -> Any:
+    from engine.extensions.parallel.actors import Actors
+    from engine.extensions.parallel.driver import RanksExecutor
+
+    return RanksExecutor(args, Actors, progress=progress)
 
 
 def _replicas(args: Any, *, progress: bool) -> Any:

@@ -1,6 +1,6 @@
-"""The executor of several ranks on this machine: a process each, and a watch over them.
+"""The executor of several ranks: what drives them, and a watch over them, wherever they run.
 
-    driver --- steps, through shared memory ---> every rank
+    driver --- steps ---> every rank
            <-- results of one rank, and the last words of any, through a socket each
 
 A rank that ends, in whatever way, is seen at once; one that hangs is seen when no rank has entered a collective for
@@ -10,15 +10,12 @@ it. The ranks end with the driver, whatever becomes of it.
 
 from __future__ import annotations
 
-import os
 import select
 import socket
-import subprocess
-import sys
 import time
-import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -28,7 +25,6 @@ from engine import errors
 from engine.config import EngineArgs
 from engine.errors import ConfigError, EngineDeadError, EngineError
 from engine.extensions.parallel import messages
-from engine.extensions.parallel.channel import Memory, Writer
 from engine.extensions.parallel.messages import FromRank
 from engine.info import EngineInfo
 from engine.kv.pool import KVPlan
@@ -36,23 +32,35 @@ from engine.step import Step, StepResult
 
 M = TypeVar("M", bound=FromRank)
 
-_TICK = 0.5
+TICK = 0.5
 """Seconds between two looks at the ranks' progress."""
 
 _LAST_WORDS = 1.0
 """Seconds that ranks have to say what else went wrong, since the first to speak may only be the first to notice."""
 
 
-class ProcessExecutor:
-    """Runs a model on `args.world_size` ranks. See `engine.engine.Executor`."""
+class RanksExecutor:
+    """Runs a model on `args.world_size` ranks. See `engine.engine.Executor`.
 
-    def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
+    Args:
+        args: the options.
+        start: starts the ranks, which wait for `messages.Start`.
+        progress: the first rank shows how far it is.
+    """
+
+    def __init__(self, args: EngineArgs, start: Callable[[EngineArgs], Ranks], *, progress: bool = False) -> None:
         if args.enable_expert_parallel and args.tensor_parallel_size == 1:
             raise ConfigError(
                 "enable_expert_parallel deals experts out to ranks; set tensor_parallel_size to their number"
             )
-        self._ranks = Ranks(args, progress=progress)
+        if args.tensor_parallel_size % args.decode_context_parallel_size:
+            raise ConfigError(
+                f"decode_context_parallel_size {args.decode_context_parallel_size} groups the ranks that split layers; "
+                f"it must divide tensor_parallel_size, which is {args.tensor_parallel_size}"
+            )
+        self._ranks = start(args)
         try:
+            self._ranks.send(messages.Start(self._ranks.args, self._ranks.store, progress))
             if args.world_size > 1:
                 self._ranks.gather(messages.Loaded)
                 self._ranks.send(messages.Go())
@@ -77,7 +85,10 @@ class ProcessExecutor:
     def launch(self, step: Step) -> _Launched:
         """Tell all ranks to launch a step."""
         self._ranks.send(messages.Run(step))
-        return _Launched(self)
+        launched = _Launched(self)
+        if not self.overlap:  # what a rank computes is there at once, and should not wait for the step after it
+            launched.ask()
+        return launched
 
     def ask(self) -> None:
         """Ask for what the oldest step gave, that was not asked for yet."""
@@ -85,11 +96,22 @@ class ProcessExecutor:
 
     def answer(self) -> StepResult:
         """Wait for what was asked for."""
-        return self._ranks.answer(messages.Result).result
+        result = self._ranks.answer(messages.Result).result
+        if self.scheduler_config.stages > 1:
+            self._ranks.send(messages.Drawn(result.token_ids))
+        return result
 
     def watch(self) -> None:
         """Raise where a rank is gone, or none makes progress; for those that wait for several executors."""
         self._ranks.watch()
+
+    def check(self) -> None:
+        """Raise where a rank is gone, while nothing runs."""
+        self._ranks.check()
+
+    def end(self) -> None:
+        """End all ranks, now."""
+        self._ranks.end()
 
     def fileno(self) -> int:
         """Becomes readable when an answer is there, or its rank is gone."""
@@ -102,7 +124,7 @@ class ProcessExecutor:
 
 
 class _Launched:
-    def __init__(self, executor: ProcessExecutor) -> None:
+    def __init__(self, executor: RanksExecutor) -> None:
         self._executor, self._asked = executor, False
 
     def ask(self) -> None:
@@ -117,54 +139,63 @@ class _Launched:
         return self._executor.answer()
 
 
-class Ranks:
-    """The processes: starts, tells, hears and ends them."""
+class Ranks(ABC):
+    """What a driver knows of its ranks: tells, hears, watches and ends them.
 
-    def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
+    A subclass starts them, and says how they are told something, how far they are, and what becomes of them.
+
+    Args:
+        args: the options, for the ranks too.
+        sockets: of each rank, where it is heard; one that is closed at the other end is a rank that is gone.
+        host: this machine's address, as the ranks know it.
+    """
+
+    def __init__(self, args: EngineArgs, sockets: Sequence[socket.socket], host: str) -> None:
+        self.args = args
         self._size, self._timeout = args.world_size, args.distributed_timeout_seconds
-        self._speaker = self._size - args.tensor_parallel_size
+        self._width = args.tensor_parallel_size
+        self._speaker = self._size - self._width
+        self._sockets = list(sockets)
         # The store lives here, so that no rank ends before another one is done with it.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(hours=1))
-        memory = Memory.create()
-        bells = [os.eventfd(0, os.EFD_SEMAPHORE) for _ in range(self._size)]
-        pairs = [socket.socketpair() for _ in range(self._size)]
-        self._sockets = [ours for ours, _ in pairs]
-        self._processes = [
-            self._start(rank, memory, bells[rank], theirs.fileno()) for rank, (_, theirs) in enumerate(pairs)
-        ]
-        self._memory = Memory(memory, self._size)
-        self._finalizer = weakref.finalize(self, _end, self._processes, self._sockets, [memory, *bells])
-        for _, theirs in pairs:
-            theirs.close()
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(hours=1))
+        self.store = (host, self._store.port)
         self._poll = select.poll()
         for sock in self._sockets:
             self._poll.register(sock, select.POLLIN)
         self._dead: EngineError | None = None
         self._seen: object = None
         self._since = 0.0
-        self._writer = Writer(self._memory, bells)
-        first = args.device_index
-        self.send(
-            messages.Start(args, [first + r for r in range(self._size)], ("127.0.0.1", self._store.port), progress)
-        )
 
-    def _start(self, rank: int, memory: int, bell: int, sock: int) -> subprocess.Popen[bytes]:
-        fds = (memory, bell, sock)
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self._size))
-        return subprocess.Popen(
-            [sys.executable, "-c", "from engine.extensions.parallel.rank import main; main()"]
-            + [str(n) for n in (rank, self._size, *fds)],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            env={"OMP_NUM_THREADS": threads, **os.environ},
-        )
+    @abstractmethod
+    def _write(self, data: bytes) -> None:
+        """Give `data` to all ranks; calls `_look` while it waits for them."""
+
+    @abstractmethod
+    def _progress(self) -> tuple[list[int], list[int]]:
+        """Of each rank, how many messages it has read and how many collectives it has entered."""
+
+    @abstractmethod
+    def _stopped(self) -> list[int]:
+        """Ranks that do nothing at all, not even in other threads."""
+
+    @abstractmethod
+    def _where(self, rank: int) -> str:
+        """A rank's process, for a message."""
+
+    @abstractmethod
+    def _how(self, rank: int) -> str:
+        """How a rank that is gone has ended, for a message: "was ..." """
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """End all ranks, now; called any number of times."""
 
     def send(self, message: messages.ToRank) -> None:
         """To all ranks."""
         if self._dead is not None:
             raise self._dead
         self._since = time.monotonic()  # idle time is no lack of progress
-        self._writer.send(messages.pack(message), self._look)
+        self._write(messages.pack(message))
 
     def answer(self, kind: type[M]) -> M:
         """The next message of the rank that has results."""
@@ -178,12 +209,12 @@ class Ranks:
     def end(self) -> None:
         """End all ranks, now."""
         self._dead = self._dead or EngineDeadError("the engine was shut down")
-        self._finalizer()
+        self._kill()
 
     def _wait(self, ranks: set[int], kind: type[M], *, patient: bool) -> dict[int, M]:
         found: dict[int, M] = {}
         while found.keys() != ranks:
-            for rank in self._speaking(_TICK):
+            for rank in self._speaking(TICK):
                 message = messages.receive(self._sockets[rank])
                 if not isinstance(message, kind):
                     raise self._fail({rank: message}, loading=patient)
@@ -199,16 +230,21 @@ class Ranks:
                 raise self._fail({rank: messages.receive(self._sockets[rank])}, loading=False)
         self._look_for_progress()
 
+    def check(self) -> None:
+        """Raise where a rank is gone; only while no answer is expected."""
+        for rank in self._speaking(0):
+            raise self._fail({rank: messages.receive(self._sockets[rank])}, loading=False)
+
     def fileno(self) -> int:
         """Of the socket where results come from."""
         return self._sockets[self._speaker].fileno()
 
     def _look_for_progress(self) -> None:
-        now = (list(self._memory.done), list(self._memory.entered))
+        now = self._progress()
         if now != self._seen:
             self._seen, self._since = now, time.monotonic()
         elif time.monotonic() - self._since > self._timeout:
-            raise self._hung()
+            raise self._hung(*now)
 
     def _speaking(self, seconds: float) -> list[int]:
         """Ranks whose sockets have something to read, their end included."""
@@ -218,7 +254,7 @@ class Ranks:
     def _look(self) -> None:
         """Raise where a rank is gone, or none makes progress, while none can be told more."""
         for rank in self._speaking(0):
-            if not self._sockets[rank].recv(1, socket.MSG_PEEK):
+            if messages.ended(self._sockets[rank]):
                 raise self._fail({rank: None}, loading=False)
         self._look_for_progress()
 
@@ -237,30 +273,23 @@ class Ranks:
         gone = [rank for rank, word in sorted(words.items()) if word is None]
         if causes or not gone:
             rank = (causes or sorted(failed))[0]
-            error = _revive(failed[rank], f"rank {rank} of {self._size}", loading)
+            error = _revive(failed[rank], self._name(rank), loading)
         else:
-            error = self._ended(gone[0])
+            error = EngineDeadError(
+                f"{self._name(gone[0])} {self._how(gone[0])}; running requests are lost, and the other ranks were "
+                "ended. Start a new engine"
+            )
         self._dead = error
         self.end()
         return error
 
-    def _ended(self, rank: int) -> EngineDeadError:
-        process = self._processes[rank]
-        try:
-            code = process.wait(timeout=5)
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        except subprocess.TimeoutExpired:
-            how = "closed its connection"
-        return EngineDeadError(
-            f"rank {rank} of {self._size} (process {process.pid}) {how}; running requests are lost, and "
-            "the other ranks were ended. Start a new engine"
-        )
-
-    def _hung(self) -> EngineDeadError:
-        entered = list(self._memory.entered)
-        behind = [rank for rank in range(self._size) if _stopped(self._processes[rank].pid)]
-        behind = behind or [rank for rank in range(self._size) if entered[rank] < max(entered)]
-        names = ", ".join(f"rank {r} (process {self._processes[r].pid})" for r in behind) or "no rank more than others"
+    def _hung(self, read: list[int], entered: list[int]) -> EngineDeadError:
+        # Stages wait for those before them, and those before run on: the first that has read the least is behind.
+        stages = [range(first, first + self._width) for first in range(0, self._size, self._width)]
+        stage = min(stages, key=lambda ranks: min(read[rank] for rank in ranks))
+        behind = [rank for rank in stage if entered[rank] < max(entered[r] for r in stage)]
+        behind = self._stopped() or behind or (list(stage) if len(stages) > 1 else [])
+        names = ", ".join(f"rank {rank} ({self._where(rank)})" for rank in behind) or "no rank more than others"
         error = EngineDeadError(
             f"the {self._size} ranks made no progress for {self._timeout:g} s, and {names} is behind; all were "
             "ended, and running requests are lost. If a step may take that long, raise distributed_timeout_seconds"
@@ -269,25 +298,8 @@ class Ranks:
         self.end()
         return error
 
-
-def _end(processes: list[subprocess.Popen[bytes]], sockets: list[socket.socket], fds: list[int]) -> None:
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
-    for sock in sockets:
-        sock.close()
-    for fd in fds:
-        os.close(fd)
-
-
-def _stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] in "Tt"
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} of {self._size} ({self._where(rank)})"
 
 
 def _revive(failed: messages.Failed, who: str, loading: bool) -> EngineError:

@@ -13,7 +13,7 @@ from engine.kv import spec as kv_specs
 from engine.kv.spec import KVGroup
 from engine.step import Step, StepResult
 
-_LENGTH = struct.Struct("=I")
+_LENGTH = struct.Struct("!I")
 
 
 class Start(msgspec.Struct, tag=True):
@@ -21,13 +21,11 @@ class Start(msgspec.Struct, tag=True):
 
     Attributes:
         args: the options, as the user gave them.
-        device_indices: of each rank.
         store: host and port where the ranks find one another.
         progress: the first rank shows how far it is.
     """
 
     args: EngineArgs
-    device_indices: list[int]
     store: tuple[str, int]
     progress: bool
 
@@ -44,6 +42,12 @@ class Run(msgspec.Struct, tag=True):
 
 class Collect(msgspec.Struct, tag=True):
     """To all ranks: the oldest step that was launched is wanted."""
+
+
+class Drawn(msgspec.Struct, tag=True):
+    """To all ranks, where there are stages: what `StepResult.token_ids` were of the oldest step not told of yet."""
+
+    token_ids: list[int | None]
 
 
 class Loaded(msgspec.Struct, tag=True):
@@ -76,7 +80,7 @@ class Failed(msgspec.Struct, tag=True):
     traceback: str
 
 
-ToRank = Start | Go | Run | Collect
+ToRank = Start | Go | Run | Collect | Drawn
 FromRank = Loaded | Ready | Result | Failed
 
 _from_rank = msgspec.msgpack.Decoder(FromRank).decode
@@ -96,28 +100,53 @@ def unpack(data: bytes) -> ToRank:
 
 def send(sock: socket.socket, message: FromRank) -> None:
     """A rank's message to the driver."""
-    body = msgspec.msgpack.encode(message)
-    sock.sendall(_LENGTH.pack(len(body)) + body)
+    sock.sendall(frame(msgspec.msgpack.encode(message)))
 
 
 def receive(sock: socket.socket) -> FromRank | None:
     """The next message of a rank; None once it is gone."""
-    head = _read(sock, _LENGTH.size)
-    body = _read(sock, _LENGTH.unpack(head)[0]) if head else None
+    body = read_frame(sock)
     return _from_rank(body) if body is not None else None
 
 
-def _read(sock: socket.socket, size: int) -> bytes | None:
+def last(sock: socket.socket) -> Failed | None:
+    """What a rank that is gone said last; None where it is no `Failed`."""
+    while not isinstance(message := receive(sock), Failed | None):
+        pass
+    return message
+
+
+def frame(body: bytes) -> bytes:
+    """What is sent over a stream: the length, and the message."""
+    return _LENGTH.pack(len(body)) + body
+
+
+def read_frame(sock: socket.socket) -> bytes | None:
+    """The next message of a stream; None at its end."""
+    head = read(sock, _LENGTH.size)
+    return read(sock, _LENGTH.unpack(head)[0]) if head else None
+
+
+def read(sock: socket.socket, size: int) -> bytes | None:
+    """So many bytes of a stream; None where it ends before."""
     data = bytearray()
     while len(data) < size:
         try:
             part = sock.recv(size - len(data))
-        except ConnectionError:
+        except OSError:  # a machine that is gone ends in errors of several kinds
             return None
         if not part:
             return None
         data += part
     return bytes(data)
+
+
+def ended(sock: socket.socket) -> bool:
+    """Whether the other end is gone; waits until something can be read."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
 
 
 def encode_group(group: KVGroup) -> tuple[str, dict[str, int], tuple[str, ...]]:

@@ -1,7 +1,14 @@
 """Pipeline parallel: each stage has some of the layers, and a step passes through the stages one after another.
 
-    stage 0    embedding, layers 0 to 1, [sends] ........................................... logits of zeros
+    stage 0    embedding, layers 0 to 1, [sends] ........................................... no logits
     stage 1    zeros,     ............. [receives], layers 2 to 3, norm, logits
+
+As many steps are under way as there are stages, each with other sequences, so that all stages work at once:
+
+    stage 0    | a | b | a | b |         the driver gives step b to the ranks while a is under way; what
+    stage 1        | a | b | a | b |     the last stage draws for a comes back through it, before a goes on
+
+States travel in one direction only, and each stage runs the steps in the same order, so none waits for itself.
 
 Every stage runs the model's own forward pass. What another stage has is there by name, without weights: layers pass on
 what they get, and the last one before a stage's own receives the states, the first one after them sends them on.
@@ -19,8 +26,13 @@ from transformers import PreTrainedModel
 from engine.errors import ConfigError, UnsupportedModelError
 from engine.extensions.parallel.collectives import Group, bounds
 from engine.extensions.parallel.cuts import cut_away
+from engine.logprobs import DeviceLogprobs
 from engine.model import probe
 from engine.model.adapt import AdaptedModel, use
+from engine.request import CoreRequest
+from engine.runner import InFlight, ModelRunner
+from engine.sampler import Sampled, Sampler, SamplingPlan
+from engine.staging import Staging
 
 
 class Pipeline:
@@ -100,10 +112,43 @@ class Pipeline:
 
 
 class _NoLogits(nn.Linear):
-    """Stands where logits would be made: no linear layer that anyone fuses."""
+    """Stands where logits would be made: no linear layer that anyone fuses. A probe sees their shape."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input.new_zeros(*input.shape[:-1], self.out_features)
+        return input.new_zeros(*input.shape[:-1], self.out_features if input.is_meta else 1)
+
+
+class _NoSampler(Sampler):
+    """Stands where another stage draws."""
+
+    def admit(self, row: int, request: CoreRequest, token_ids: list[int]) -> None:
+        """Nothing depends on the request."""
+
+    def plan(self, rows: list[int], positions: list[int], staging: Staging) -> SamplingPlan:
+        """Stages nothing."""
+        return SamplingPlan(len(rows))
+
+    def sample(self, logits: Tensor, plan: SamplingPlan) -> Sampled:
+        """Ids that nobody reads."""
+        return Sampled(torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+
+    def prompt_logprobs(self, logits: Tensor, next_token_ids: Tensor, num: int) -> DeviceLogprobs:
+        """None."""
+        return DeviceLogprobs(logits.new_zeros(0, 1, dtype=torch.int32), [], [], 0)
+
+
+def draw_nothing(runner: ModelRunner) -> None:
+    """Make `runner` one of an earlier stage: it has no logits, and learns what the last one drew."""
+    runner.sampler = _NoSampler(1, runner.scheduler_config.max_num_seqs, torch.device("cpu"), runner.platform.ops())
+
+
+def learn(runner: ModelRunner, step: InFlight, token_ids: list[int | None]) -> None:
+    """Tell an earlier stage what the last one drew for `step`, in the order of its work."""
+    for at in step.batch.sampled:
+        work, token = step.batch.work[at], token_ids[step.batch.order[at]]
+        if token is not None and runner.requests.get(work.row) is step.requests[at]:  # else the row has another owner
+            rows = runner.builder.rows
+            rows.token_ids[work.row, work.start + work.num_tokens], rows.sampled_at[work.row] = token, -1
 
 
 def _plan(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:

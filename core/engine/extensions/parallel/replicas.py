@@ -12,33 +12,38 @@ import select
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from engine.config import EngineArgs
 from engine.engine import EngineCore
+from engine.errors import EngineDeadError
+from engine.extensions.parallel.driver import TICK, RanksExecutor
 from engine.info import EngineInfo
 from engine.request import CoreOutput, CoreRequest
 
-_TICK = 0.5
-"""Seconds between two looks at the ranks' progress."""
-
 
 class Replicas:
-    """Stands for an `EngineCore`, and for its scheduler and KV manager where these are asked for numbers."""
+    """Stands for an `EngineCore`, and for its parts where these are asked for what all replicas have together."""
 
     def __init__(self, args: EngineArgs, *, progress: bool = False) -> None:
         backend, width = args.distributed_executor_backend or "mp", args.world_size
 
         def start(index: int) -> EngineCore:
             first = args.device_index + index * width
-            own = replace(args, data_parallel_size=1, device_index=first, distributed_executor_backend=backend)
+            own = replace(args, device_index=first, distributed_executor_backend=backend)
             return EngineCore(own, progress=progress and index == 0)
 
         with ThreadPoolExecutor(args.data_parallel_size) as pool:
             self._cores = list(pool.map(start, range(args.data_parallel_size)))
         self._owner: dict[str, EngineCore] = {}
         self.info: EngineInfo = _sum([core.info for core in self._cores])
-        self.scheduler = self.kv = self
+
+    @property
+    def scheduler(self) -> Replicas:
+        """This, for its numbers; no attribute, since a cycle would keep the ranks when nobody needs them."""
+        return self
+
+    kv = runner = scheduler
 
     def add(self, request: CoreRequest) -> None:
         """See `EngineCore.add`."""
@@ -64,12 +69,32 @@ class Replicas:
 
     def step(self) -> list[CoreOutput]:
         """A step of each replica that has an answer; waits for one."""
-        busy = [core for core in self._cores if _launch(core)]
-        outputs = [output for core in _answering(busy) for output in core.step()]
+        try:
+            busy = [core for core in self._cores if _launch(core)]
+            for core in self._cores:
+                if core not in busy:
+                    _ranks(core).check()
+            outputs = [output for core in _answering(busy) for output in core.step()]
+        except EngineDeadError:
+            self._end()
+            raise
         for output in outputs:
             if output.finish_reason is not None:
                 self._owner.pop(output.request_id, None)
         return outputs
+
+    def check(self) -> None:
+        """See `RanksExecutor.check`."""
+        try:
+            for core in self._cores:
+                _ranks(core).check()
+        except EngineDeadError:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        for core in self._cores:
+            _ranks(core).end()
 
     def reset_prefix_cache(self) -> bool:
         """See `EngineCore.reset_prefix_cache`."""
@@ -106,6 +131,10 @@ class Replicas:
         return sum(core.kv.usage() for core in self._cores) / len(self._cores)
 
 
+def _ranks(core: EngineCore) -> RanksExecutor:
+    return cast("RanksExecutor", core.runner)
+
+
 def _sequences(core: EngineCore) -> int:
     return core.scheduler.num_running + core.scheduler.num_waiting
 
@@ -121,13 +150,13 @@ def _launch(core: EngineCore) -> bool:
 def _answering(cores: list[EngineCore]) -> list[EngineCore]:
     """Those whose oldest step is done, of which there is one at least; none only if there are no cores."""
     by_fd: dict[int, EngineCore] = {}
-    runners: list[Any] = [core.runner for core in cores]
+    runners = [_ranks(core) for core in cores]
     poll = select.poll()
     for core, runner in zip(cores, runners, strict=True):
         by_fd[runner.fileno()] = core
         poll.register(runner.fileno(), select.POLLIN)
     while cores:
-        if ready := poll.poll(1000 * _TICK):
+        if ready := poll.poll(1000 * TICK):
             return [by_fd[fd] for fd, _ in ready]
         for runner in runners:
             runner.watch()

@@ -22,6 +22,7 @@ class RankShare:
         device: of the tensors.
         tensor: the ranks of this one's stage, which split every layer.
         stages: a rank of each stage; None where there is one.
+        context: so many of these have a part of each sequence's tokens each.
         experts: whole experts are dealt out to the ranks of a stage, in place of a part of each.
         wait: returns once all ranks have called it, however long their weights take to read.
     """
@@ -33,13 +34,14 @@ class RankShare:
         *,
         tensor: Group,
         stages: Group | None = None,
+        context: int = 1,
         experts: bool = False,
         wait: Callable[[], None],
     ) -> None:
         self._everyone, self._device, self._wait = everyone, device, wait
-        self._tensor = TensorParallel(tensor, experts=experts) if tensor.size > 1 else None
+        self._tensor = TensorParallel(tensor, experts=experts, context=context) if tensor.size > 1 else None
         self._pipeline = Pipeline(stages) if stages is not None else None
-        self._decides = everyone.size - tensor.size  # the first rank of the last stage
+        self._alike = tensor if tensor.size > 1 and (stages is None or stages.rank == stages.size - 1) else None
         self.capturable = everyone.communicator.capturable and not experts and stages is None
 
     def cut(self, adapted: AdaptedModel) -> None:
@@ -60,6 +62,8 @@ class RankShare:
         return int(self._everyone.communicator.all_gather(mine).min())
 
     def same(self, token_ids: Tensor) -> Tensor:
-        """See `Share.same`: the ids that the last stage drew."""
-        self._everyone.entered()
-        return self._everyone.communicator.broadcast(token_ids, self._decides)
+        """See `Share.same`: those of the first rank of the last stage, where others of it draw too."""
+        if self._alike is None:
+            return token_ids
+        self._alike.entered()
+        return self._alike.communicator.broadcast(token_ids)

@@ -13,7 +13,6 @@ not be divisible. What a plan leaves out, every rank has whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from engine.errors import ConfigError, UnsupportedModelError
 from engine.extensions.parallel.collectives import Group, bounds
+from engine.extensions.parallel.context import check_heads
 from engine.extensions.parallel.cuts import cut_parameter
 from engine.extensions.parallel.experts import deal_out
 from engine.model import probe
@@ -59,10 +59,11 @@ class TensorParallel:
     Args:
         group: the ranks.
         experts: whole experts are dealt out to the ranks, in place of a part of each.
+        context: so many neighbours among the ranks have a part of each sequence's tokens each.
     """
 
-    def __init__(self, group: Group, *, experts: bool = False) -> None:
-        self._group, self._experts = group, experts
+    def __init__(self, group: Group, *, experts: bool = False, context: int = 1) -> None:
+        self._group, self._experts, self._context = group, experts, context
         self._biases: list[str] = []
         self._kept: list[object] = []
 
@@ -73,6 +74,8 @@ class TensorParallel:
             raise UnsupportedModelError(f"{type(model).__name__} cannot be split: {reason}; {_ONE_CARD}")
         use(model, probe.IMPLEMENTATION)
         self._seen = self._observe(adapted)
+        if self._context > 1:
+            check_heads(self._seen, self._group.size, self._context)
         self._names = {module: name for name, module in model.named_modules()}
         self._heads = {self._names[call.module]: call for call in self._seen.attention}
         plan, ruled = self._plan(model)
@@ -83,6 +86,7 @@ class TensorParallel:
         if ruled:
             self._share_counts()
         self._vocabulary(model)
+        self._share_sinks({name.rpartition(".")[0] for name, style in plan.items() if style in _COLWISE})
         self._check(adapted)
 
     def settle(self, model: nn.Module) -> None:
@@ -229,6 +233,14 @@ class TensorParallel:
         if linear.bias is not None:
             self._biases.append(self._names[linear])
 
+    def _share_sinks(self, split: set[str]) -> None:
+        """Sinks [heads] go with their heads, in attention modules that are split."""
+        for call in self._seen.attention:
+            sinks = call.kwargs.get("s_aux")
+            name = next((name for name, p in call.module._parameters.items() if p is sinks), None)
+            if sinks is not None and name is not None and self._names[call.module] in split:
+                cut_parameter(call.module, name, 0, [self._bounds(len(sinks))])
+
     def _share_counts(self) -> None:
         """Models without a plan count heads by attributes of their modules."""
         for call in self._seen.attention:
@@ -261,12 +273,11 @@ class TensorParallel:
             self._embed_share(table, begin, width)
 
     def _embed_share(self, table: nn.Embedding, begin: int, width: int) -> None:
-        whole: Callable[[Tensor], Tensor] = table.forward
-
         def forward(input: Tensor) -> Tensor:
             rows = input - begin
             here = (rows >= 0) & (rows < width)
-            return self._group.all_reduce(whole(rows.clamp(0, width - 1)) * here[..., None])
+            whole: Tensor = type(table).forward(table, rows.clamp(0, width - 1))  # its class may be exchanged
+            return self._group.all_reduce(whole * here[..., None])
 
         table.forward = forward  # type: ignore[method-assign]
 
@@ -300,7 +311,8 @@ class TensorParallel:
             share = (old.query.shape[1], old.query.shape[1] // self._group.size)
             same = old.query.shape[2:] == new.query.shape[2:] and old.kwargs.get("scaling") == new.kwargs.get("scaling")
             slopes = old.kwargs.get("alibi_slopes") is None or old.query.shape[1] == new.query.shape[1]
-            if new.query.shape[1] not in share or not same or not slopes:
+            sinks = (s := new.kwargs.get("s_aux")) is None or len(s) == new.query.shape[1]
+            if new.query.shape[1] not in share or not same or not slopes or not sinks:
                 raise UnsupportedModelError(f"{self._names[old.module]} attends otherwise when split; {_ONE_CARD}")
 
 
