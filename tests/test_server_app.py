@@ -32,18 +32,22 @@ import msgspec
 import openai
 import pytest
 import uvicorn
+from tokenizers import Tokenizer
 
 from engine.config import DEMO_MODEL
 from engine.errors import ConfigError
 from engine.extensions.cli import main as command_line
 from engine.extensions.cli import serve
-from engine.extensions.server import ServerArgs
+from engine.extensions.server import ServerArgs, run
 from engine.extensions.server.app import build
 from engine.extensions.server.service import Service
 from engine.extensions.serving import AsyncLLM
 from engine.extensions.serving import core_process as wire
 from engine.extensions.serving.tokenizer import TokenizerData, unpack
 from engine.request import CoreOutput, CoreRequest, FinishReason, TokenLogprobs
+
+PATIENCE = 60.0
+"""Seconds that anything may take on a machine where others run; nothing waits so long that goes well."""
 
 TEMPLATE = (
     "{% for t in tools or [] %}[tool {{ t.function.name }}]{% endfor %}"
@@ -182,13 +186,13 @@ class Running:
         self.server = server
         self.fatal: list[Exception] = []
         self.loop: asyncio.AbstractEventLoop
-        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0, timeout=20)
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0, timeout=PATIENCE)
 
     def post(self, path: str, **kwargs: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=20, **kwargs)
+        return httpx.post(self.url + path, timeout=PATIENCE, **kwargs)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=20)
+        return httpx.get(self.url + path, timeout=PATIENCE)
 
 
 Start = Callable[..., Running]
@@ -196,10 +200,10 @@ Start = Callable[..., Running]
 
 @contextmanager
 def servers() -> Iterator[Start]:
-    """Starts servers with options of `ServerArgs`, and ends them all."""
+    """Starts servers with options of `ServerArgs`, and of the engine as `engine`, and ends them all."""
     stops: list[Callable[[], None]] = []
 
-    def start(**options: Any) -> Running:
+    def start(engine: dict[str, Any] | None = None, **options: Any) -> Running:
         cores: list[Core] = []
 
         def spawn() -> tuple[Any, socket.socket]:
@@ -213,7 +217,7 @@ def servers() -> Iterator[Start]:
         there = threading.Event()
 
         async def serve() -> None:
-            service = Service(args, AsyncLLM, lambda error: running[0].fatal.append(error))
+            service = Service(args, lambda: AsyncLLM(**engine or {}), lambda error: running[0].fatal.append(error))
             config = uvicorn.Config(
                 build(args, service),
                 log_config=None,
@@ -231,12 +235,12 @@ def servers() -> Iterator[Start]:
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()
-        assert there.wait(10)
+        assert there.wait(PATIENCE)
 
         def stop() -> None:
             running[0].client.close()
             running[0].server.should_exit = True
-            thread.join(10)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "the server does not end"
 
         stops.append(stop)
@@ -267,7 +271,7 @@ def server(start: Start) -> Running:
     return start()
 
 
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -461,7 +465,7 @@ def test_a_client_that_leaves_ends_its_request(server: Running, stream: bool) ->
     with socket.create_connection(address) as sock:
         sock.sendall(request)
         until(lambda: server.cores[0].running)
-    until(lambda: not server.cores[0].running, 2)
+    until(lambda: not server.cores[0].running)
     assert server.service.in_flight == 0
     until(lambda: server.service.load().kv_usage == 0)
 
@@ -476,7 +480,7 @@ def test_a_slow_reader_stalls_nobody(server: Running) -> None:
         for _ in range(5):
             begin = time.monotonic()
             chat(server, "hello")
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 30  # the slow one is never read, so a stall would have no end
 
 
 def test_the_engine_is_killed(server: Running) -> None:
@@ -508,7 +512,7 @@ def test_the_engine_is_started_again(start: Start) -> None:
 
 
 def test_draining_finishes_what_runs(start: Start) -> None:
-    server = start(drain_timeout=20)
+    server = start(drain_timeout=PATIENCE)
     server.cores[0].pause = 0.02
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(chat, server, "think")
@@ -519,14 +523,14 @@ def test_draining_finishes_what_runs(start: Start) -> None:
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert server.get("/health").status_code == 200
         assert running.result().choices[0].message.content == "It is 4."
-        drained.result(5)
+        drained.result(PATIENCE)
 
 
 def test_draining_ends_in_time(start: Start) -> None:
     server = start(drain_timeout=0.1)
     server.cores[0].pause = 0.01
     next(iter(chat(server, "slow", stream=True)))
-    asyncio.run_coroutine_threadsafe(server.service.drain(), server.loop).result(5)
+    asyncio.run_coroutine_threadsafe(server.service.drain(), server.loop).result(PATIENCE)
 
 
 def test_keys(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,11 +588,88 @@ def test_request_ids(shared: Running) -> None:
     )
 
 
-def test_salt_and_seed_reach_the_core(server: Running) -> None:
-    server.post("/v1/completions", json={"prompt": "hello", "cache_salt": "s", "seed": -3, "timeout": 9})
-    (request,) = server.cores[0].seen
-    assert request.cache_salt == "s"
-    assert request.params.seed == -3 % 2**62
+def test_answers_tell_when_they_were_made(server: Running) -> None:
+    begin = int(time.time())
+    server.service.created = 0  # of the model
+    chunks = [*chat(server, "hello", stream=True), chat(server, "hello")]
+    chunks.append(server.client.completions.create(model="scripted", prompt="hello"))
+    chunks += server.client.completions.create(model="scripted", prompt="hello", stream=True)
+    assert all(begin <= chunk.created <= time.time() for chunk in chunks)
+    assert len({chunk.created for chunk in chunks[:2]}) == 1
+
+
+def test_salt_seed_and_priority_reach_the_core(start: Start) -> None:
+    server = start(engine={"scheduling_policy": "priority"})
+    fields = {"cache_salt": "s", "seed": -3, "timeout": 9, "priority": -5}
+    for path, prompt in (
+        ("/v1/completions", {"prompt": "hello"}),
+        ("/v1/chat/completions", {"messages": user("hello")}),
+        ("/v1/responses", {"input": "hello"}),
+    ):
+        assert server.post(path, json=prompt | fields).status_code == 200
+        request = server.cores[0].seen[-1]
+        assert (request.cache_salt, request.priority, request.params.seed) == ("s", -5, -3 % 2**62)
+
+
+def test_suffix(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models with tokens for it fill the gap; others say that they cannot."""
+    body: Any = {"prompt": "def f(", "suffix": "): pass"}
+    error = start().post("/v1/completions", json=body).json()["error"]
+    assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
+    tokenizer = Tokenizer.from_str(TOKENIZER.backend)
+    tokenizer.add_special_tokens(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
+    able = TokenizerData(tokenizer.to_str(), None, {})
+    monkeypatch.setitem(globals(), "TOKENIZER", able)
+    monkeypatch.setitem(INFO, "vocab_size", tokenizer.get_vocab_size())
+    server = start()
+    assert server.client.completions.create(model="scripted", **body).choices[0].text == "ok"
+    prompt = unpack(able).decode(server.cores[0].seen[-1].prompt_token_ids, skip_special_tokens=False)
+    assert prompt == "<fim_prefix>def f(<fim_suffix>): pass<fim_middle>"
+
+
+def test_operators_set_what_requests_leave_open(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A request's own parameters win, then the operator's, then the model's."""
+    monkeypatch.setitem(INFO, "default_sampling_params", {"temperature": 0.6, "top_p": 0.9})
+
+    def seen(server: Running, **fields: Any) -> tuple[float, float]:
+        server.post("/v1/completions", json={"prompt": "hello", **fields})
+        params = server.cores[0].seen[-1].params
+        return params.temperature, params.top_p
+
+    assert seen(start()) == (0.6, 0.9)
+    assert seen(start(generation_config="none")) == (1.0, 1.0)
+    server = start(override_generation_config={"temperature": 0.25})
+    assert seen(server) == (0.25, 0.9)
+    assert seen(server, temperature=0.5) == (0.5, 0.9)
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ style }} {{ messages[0].content }}")
+    server = start(chat_template=str(template), default_chat_template_kwargs={"style": "loud"})
+    for given, style in (({}, "loud"), ({"chat_template_kwargs": {"style": "soft"}}, "soft")):
+        body = {"messages": user("hello"), "return_token_strs": True, **given}
+        assert "".join(server.post("/tokenize", json=body).json()["token_strs"]) == f"{style} hello"
+
+
+def test_usage_ends_every_stream_where_the_operator_wants_that(start: Start) -> None:
+    server = start(enable_force_include_usage=True)
+    text = server.client.completions.create(model="scripted", prompt="hello", stream=True)
+    for chunks in (list(chat(server, "hello", stream=True)), list(text)):
+        assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        assert chunks[-1].choices == []
+
+
+def test_a_silent_stream_has_comments(start: Start) -> None:
+    server = start(sse_keep_alive_interval=0.05)
+    server.cores[0].pause = 0.4
+    body = {"prompt": "slow", "max_tokens": 2, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=PATIENCE) as r:
+        lines = [line for line in r.iter_lines() if line]
+    assert lines[0] == ": keep-alive"
+    assert lines[-1] == "data: [DONE]"
+    assert sum(line.startswith("data: ") for line in lines) == 3
+    content = "".join(c.choices[0].delta.content or "" for c in chat(server, "hello", stream=True, max_tokens=2))
+    assert content  # clients pass over them
+    with pytest.raises(openai.APIError, match="did not finish"):  # the status is out, so the error is an event
+        list(chat(server, "slow", stream=True, extra_body={"timeout": 0.3}))
 
 
 def test_metrics_have_the_names_that_gateways_read(shared: Running) -> None:
@@ -620,10 +701,7 @@ def test_prompts_stay_out_of_logs(shared: Running, caplog: pytest.LogCaptureFixt
 
 
 def test_tls(start: Start, tmp_path: Path) -> None:
-    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run([*command, "-keyout", key, "-out", cert, "-days", "2", *subject], check=True, capture_output=True)
+    cert, key = certify(tmp_path, "localhost")
     server = start(ssl_certfile=str(cert), ssl_keyfile=str(key))
     trusted = ssl.create_default_context(cafile=str(cert))
     assert httpx.get(server.url + "/version", verify=trusted).status_code == 200
@@ -733,34 +811,33 @@ def test_log_lines_are_json(tmp_path: Path) -> None:
 
 
 def test_sigterm_drains() -> None:
-    """What runs finishes, new requests get 503, and the process ends well; a second signal would not wait."""
-    with processed("--drain-timeout", "60", pause="0.05") as process, ThreadPoolExecutor(1) as pool:
-        client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="x", max_retries=0)
+    """What runs finishes, new requests get 503, and the process ends well."""
+    with processed("--drain-timeout", "250", pause="0.05") as process, ThreadPoolExecutor(1) as pool:
+        client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="x", max_retries=0, timeout=4 * PATIENCE)
         with client:
-            running = pool.submit(client.completions.create, model="scripted", prompt="slow", max_tokens=60)
-            until(
-                lambda: "vllm:num_requests_running{" in (t := httpx.get(process.url + "/metrics").text) and "} 1.0" in t
-            )
+            running = pool.submit(client.completions.create, model="scripted", prompt="slow", max_tokens=500)
+            until(lambda: process.get("/status").json()["load"]["num_running"] == 1)
             process.signal(signal.SIGTERM)
-            until(lambda: httpx.get(process.url + "/ready").status_code == 503)
-            assert httpx.post(process.url + "/v1/completions", json={"prompt": "x"}).status_code == 503
-            answer = running.result()
+            until(lambda: process.get("/ready").status_code == 503)
+            assert process.post("/v1/completions", {"prompt": "x"}).status_code == 503
+            assert not running.done()
+            process.signal(HURRY)
+            answer = running.result(PATIENCE)
             assert answer.usage is not None
-            assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 60)
+            assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 500)
         assert process.wait() == 0
 
 
 def test_a_second_signal_ends_at_once() -> None:
+    body = {"prompt": "slow", "max_tokens": 500, "stream": True}
     with (
-        processed(pause="0.05") as process,
-        httpx.stream(
-            "POST", process.url + "/v1/completions", json={"prompt": "slow", "max_tokens": 500, "stream": True}
-        ) as r,
+        processed("--drain-timeout", "250", pause="0.5") as process,
+        httpx.stream("POST", process.url + "/v1/completions", json=body, timeout=PATIENCE) as r,
     ):
         lines = r.iter_lines()  # kept: a generator that is dropped closes its connection, which ends the request
         next(lines)
         process.signal(signal.SIGINT)
-        until(lambda: httpx.get(process.url + "/ready").status_code == 503)
+        until(lambda: process.get("/ready").status_code == 503)
         assert json.loads(next(line for line in lines if line)[6:])["choices"], "it still runs"
         process.signal(signal.SIGINT)
         assert process.wait() == 0
@@ -768,21 +845,27 @@ def test_a_second_signal_ends_at_once() -> None:
 
 def test_the_server_ends_with_its_engine() -> None:
     with processed() as process:
-        httpx.post(process.url + "/v1/completions", json={"prompt": "die"})
+        process.post("/v1/completions", {"prompt": "die"})
         assert process.wait() == 1
         assert "was killed by signal 9" in process.lines[-1]
 
 
 PAGES = sorted((Path(__file__).parents[1] / "docs/server").glob("*.md"))
 FENCE = re.compile(r"^```(py|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r'^```\w+ title="(.*?)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_of_the_documentation_run(shared: Running, page: Path, tmp_path: Path) -> None:
+def test_examples_of_the_documentation_run(
+    shared: Running, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A page's Python as one script, its commands one by one; of those that start a server, the flags are read."""
     found = [
         (kind, code.replace("http://127.0.0.1:8000", shared.url)) for kind, code in FENCE.findall(page.read_text())
     ]
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILE.findall(page.read_text()):
+        Path(name).write_text(text)
     (tmp_path / "examples.py").write_text("".join(code for kind, code in found if kind == "py"))
     commands = [[sys.executable, "examples.py"]]
     for kind, code in found:
@@ -883,6 +966,10 @@ def test_bench_serve(shared: Running, tmp_path: Path, loop: list[str], capsys: p
     assert "127.0.0.1" in capsys.readouterr().err
 
 
+HURRY = signal.SIGUSR1
+"""Makes a scripted core of a process say the rest at once."""
+
+
 class Process:
     """A server of its own process, with a scripted core inside."""
 
@@ -891,14 +978,22 @@ class Process:
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
-        until(lambda: any(self._url(line) for line in self.lines), 60)
-        self.url = next(url for line in self.lines if (url := self._url(line)))
-        until(lambda: httpx.get(self.url + "/health").status_code == 200, 60)
+        until(lambda: self.address or popen.poll() is not None)
+        assert self.address, self.lines
+        self.url = self.address
+        if self.url.startswith("http:"):
+            until(lambda: self.get("/health").status_code == 200)
 
-    @staticmethod
-    def _url(line: str) -> str | None:
-        found = re.search(r"listening on (http://[\d.:]+)", line)
-        return found and found[1]
+    @property
+    def address(self) -> str:
+        found = (re.search(r"listening on ((?:http|unix)[^\s\"]+)", line) for line in self.lines)
+        return next((match[1] for match in found if match), "")
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=PATIENCE)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE)
 
     def _read(self) -> None:
         assert self._popen.stderr is not None
@@ -909,8 +1004,8 @@ class Process:
         self._popen.send_signal(number)
 
     def wait(self) -> int:
-        code = self._popen.wait(60)
-        self._thread.join(5)
+        code = self._popen.wait(PATIENCE)
+        self._thread.join(PATIENCE)
         return code
 
 
@@ -924,15 +1019,111 @@ def processed(*flags: str, pause: str = "0") -> Iterator[Process]:
             popen.kill()
 
 
+def test_a_unix_socket(tmp_path: Path) -> None:
+    """Who reads the line may connect; a socket that nobody listens on gives way, and none is left behind."""
+    path = tmp_path / "server.sock"
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+    with processed("--uds", str(path)) as process:
+        assert process.url == f"unix:{path}"
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://here", timeout=PATIENCE
+        ) as client:
+            assert client.get("/version").status_code == 200
+        command = [sys.executable, __file__, "0", "serve", "--uds", str(path)]
+        other = subprocess.run(command, capture_output=True, text=True)
+        assert (other.returncode, "another server listens" in other.stderr) == (2, True)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+    assert not path.exists()
+
+
+def test_a_config_file(tmp_path: Path) -> None:
+    """Flags from a file, and those of the command line before them; behind a proxy's path; probes are not logged."""
+    given = {
+        "api-key": ["first", "second"],
+        "root_path": "/engine",
+        "log-format": "json",
+        "max-waiting": 7,
+        "disable-access-log-for-endpoints": ["/health,/metrics"],
+        "override-generation-config": {"temperature": 0.5},
+        "log-prompts": False,
+        "model": str(DEMO_MODEL),
+    }
+    file = tmp_path / "serve.yaml"
+    file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in given.items()))
+    with processed("--config", str(file), "--log-format", "text") as process:
+        for root in ("", "/engine"):
+            assert process.get(root + "/health").status_code == 200
+            assert process.get(root + "/status").status_code == 401
+        key = {"Authorization": "Bearer second"}
+        assert httpx.get(process.url + "/engine/status", headers=key, timeout=PATIENCE).json()["model"] == "scripted"
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+    logged = re.findall(r"path=(\S+)", "\n".join(process.lines))
+    assert logged == ["/status", "/engine/status", "/engine/status"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-model-length", "3"], "did you mean --max-model-len?"),
+        (["--enable-auto-tool-choice"], "--tool-call-parser tells the format"),
+        (["--no-such"], "--help lists what there is"),
+        (["--config", "/nowhere.yaml"], "must be a file of YAML"),
+        (["--override-generation-config", '{"temprature": 1}'], "it may have temperature"),
+        (["--override-generation-config", '{"temperature": -1}'], "temperature must be"),
+        (
+            ["--tool-call-parser", "none", "--ssl-certfile", __file__],
+            "ssl_certfile, ssl_keyfile or ssl_ca_certs cannot",
+        ),
+        (["--uds", "/nowhere/at/all"], "choose another --uds"),
+    ],
+)
+def test_wrong_flags_are_told(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = command_line(["serve", *flags])
+    except SystemExit as end:  # of the parser
+        code = int(str(end.code))
+    error = capsys.readouterr().err
+    assert (code, message in error) == (2, True), error
+
+
+def certify(folder: Path, name: str) -> tuple[Path, Path]:
+    """A certificate for this host, and its key."""
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subprocess.run([*command, "-keyout", key, "-out", cert, "-days", "2", *subject], check=True, capture_output=True)
+    return cert, key
+
+
+def test_certificates_are_read_again(tmp_path: Path) -> None:
+    """As those do that renew them: new files in the place of the old; broken ones change nothing."""
+    cert, key = certify(tmp_path, "old")
+    with processed("--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as process:
+        address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+        assert ssl.get_server_certificate(address) == cert.read_text()
+        certify(tmp_path, "new")
+        until(lambda: ssl.get_server_certificate(address) == cert.read_text())
+        new = cert.read_text()
+        cert.write_text("broken")
+        until(lambda: any("cannot be read" in line for line in process.lines))
+        assert ssl.get_server_certificate(address) == new
+
+
 def main() -> int:
     """``engine serve`` with a scripted core: the first word is its pause."""
+    cores: list[Core] = []
 
     def spawn() -> tuple[Any, socket.socket]:
-        core = Core()
-        core.pause = float(sys.argv[1])
-        return core, core.ours
+        cores.append(Core())
+        cores[-1].pause = float(sys.argv[1])
+        return cores[-1], cores[-1].ours
 
+    signal.signal(HURRY, lambda *_: setattr(cores[-1], "pause", 0.0))
     wire.spawn = spawn
+    run.REFRESH_SECONDS = 0.1
     return command_line(sys.argv[2:])
 
 

@@ -36,10 +36,20 @@ STATUS: dict[str, Any] = {
         "max_num_seqs": 64,
         "weight_bytes": 15 << 20,
         "kv_bytes": 4 << 30,
+        "tasks": ["generate"],
         "chat": True,
     },
     "load": {"num_running": 5, "num_waiting": 2, "kv_usage": 0.37, "prefix_queries": 100, "prefix_hits": 25},
+    "tokens": {"read": 100, "made": 20},
     "latest": {"num_requests": 3, "first_token": TIMES, "per_token": TIMES, "whole": TIMES},
+}
+
+
+POOLED: dict[str, list[dict[str, Any]]] = {
+    "/v1/embeddings": [{"index": 0, "embedding": [1, 0]}, {"index": 1, "embedding": [0.6, 0.8]}],
+    "/v1/classify": [{"index": 0, "label": "good", "probs": [0.75, 0.25]}],
+    "/v1/score": [{"index": 0, "score": 0.125}],
+    "/pooling": [{"index": 0, "data": [[1, 2], [3, 4]]}],
 }
 
 
@@ -48,18 +58,23 @@ class API(BaseHTTPRequestHandler):
 
     asked: list[dict[str, Any]]
     key: str | None = None
+    status = STATUS
 
     def do_GET(self) -> None:
         if self.path == "/":
             self._send(200, "text/html", operations._page().encode(), {"Content-Security-Policy": operations._POLICY})
         elif self.path == "/status" and self._allowed():
-            self._send(200, "application/json", json.dumps(STATUS).encode())
+            self._send(200, "application/json", json.dumps(self.status).encode())
         else:
             self._send(404 if self._allowed() else 401, "application/json", b"{}")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
+        if self.path in POOLED:
+            usage = {"prompt_tokens": 9}
+            self._send(200, "application/json", json.dumps({"data": POOLED[self.path], "usage": usage}).encode())
+            return
         if body["temperature"] > 5:
             error = {"error": {"message": "temperature is too hot"}}
             self._send(400, "application/json", json.dumps(error).encode())
@@ -175,9 +190,9 @@ def test_the_page(browser: Browser, api: tuple[str, type[API]], tmp_path: Path) 
     browser.until("document.title === 'small & <quick>'")
     assert browser.text("state") == "serving"
     assert browser.text("running") == "5 of 64"
-    assert browser.text("waiting") == "2 waiting"
+    assert browser.text("waiting") == "2 waiting · 0 tokens/s"
     assert browser.text("kv") == "37 %"
-    assert browser.text("kv-note") == "prefix hits 25 %"
+    assert browser.text("kv-note") == "of 4.0 GiB · 25 % prefix hits"
     assert browser.text("first") == "42 ms"
     assert "15.0 MiB of weights" in browser.text("about")
     browser.run("document.getElementById('prompt').value = 'hello'; document.getElementById('form').requestSubmit()")
@@ -209,3 +224,26 @@ def test_it_asks_for_a_key_where_one_is_needed(browser: Browser, api: tuple[str,
     assert not browser.run("document.getElementById('key-label').hidden")
     browser.run("const k = document.getElementById('key'); k.value = 'secret'; k.dispatchEvent(new Event('change'))")
     browser.until("document.getElementById('state').innerText === 'serving'")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "text", "asked", "answer"),
+    [
+        (["embed", "token_embed"], "a\n\nb", {"input": ["a", "b"]}, "2 numbers    a\n0.6000       b"),
+        (["classify"], "fine", {"input": ["fine"]}, "good  0.7500, 0.2500  fine"),
+        (["score"], "who?\nme", {"text_1": "who?", "text_2": ["me"]}, "0.1250  me"),
+        (["token_classify"], "a\nb", {"input": "a\nb"}, "[[1,2],[3,4]]"),
+    ],
+)
+def test_models_that_do_not_generate(
+    browser: Browser, api: tuple[str, type[API]], tasks: list[str], text: str, asked: dict[str, Any], answer: str
+) -> None:
+    url, handler = api
+    handler.status = STATUS | {"engine": STATUS["engine"] | {"tasks": tasks, "chat": False}}
+    browser.send("Page.navigate", url=url)
+    browser.until("document.getElementById('kind').hidden && document.getElementById('tokens').offsetParent === null")
+    value = json.dumps(text)
+    browser.run(f"document.getElementById('prompt').value = {value}; document.getElementById('form').requestSubmit()")
+    browser.until("document.getElementById('spent').innerText.startsWith('9 tokens in')")
+    assert browser.text("answer") == answer
+    assert handler.asked == [asked]

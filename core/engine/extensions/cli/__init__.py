@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 from engine.errors import EngineError
 from engine.version import __version__
@@ -90,10 +92,35 @@ def _run(command: Command, words: Sequence[str]) -> int:
         code = module.main(list(words))
     else:
         about = (module.__doc__ or "").partition("\n\n")[0]
-        parser = argparse.ArgumentParser(f"engine {command.name}", description=about, allow_abbrev=False)
+        parser = _Parser(f"engine {command.name}", description=about, allow_abbrev=False)
+        parser.elsewhere = getattr(module, "ELSEWHERE", {})
         module.add_arguments(parser)
         code = module.run(parser.parse_args(words))
     return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what could have been meant by a flag that does not exist, and errors in a line.
+
+    Attributes:
+        elsewhere: what to do in place of flags that other engines have.
+    """
+
+    elsewhere: Mapping[str, str] = MappingProxyType({})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the base does, of a subcommand too, but nothing may be unknown."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = self.elsewhere.get(flag) or (f"did you mean {close[0]}?" if close else "--help lists what there is")
+            self.error(f"unknown argument {flag}: {hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2; the usage of a command with many flags would hide the message."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _explain(error: BaseException, command: Command | None) -> int:

@@ -9,7 +9,12 @@ import re
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
+
+from engine.errors import ConfigError
 
 
 def documented(cls: type) -> dict[str, str]:
@@ -38,6 +43,41 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Iter
             group.add_argument(flag, type=_json_object, metavar="JSON", **about)
         elif kind in (int, float, str):
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **about)
+
+
+class FromFile(argparse.Action):
+    """``--config FILE``: flags from a file of YAML or JSON, by their names; those on the command line win."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        """Read the file, as if its flags had come first."""
+        found = _read(Path(values))
+        model = found.pop("model", None)
+        words = [word for name, value in found.items() for word in _words(name, value)]
+        for name, value in {**vars(parser.parse_args(words)), "model": model}.items():
+            if value is not None and getattr(namespace, name, None) is None:
+                setattr(namespace, name, value)
+                parser.set_defaults(**{name: value})  # a word that is left out gets its default at the end
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"config {str(path)!r} must be a file of YAML with a flag a line: {error}") from error
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A flag as on the command line."""
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:

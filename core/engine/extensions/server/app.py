@@ -69,7 +69,7 @@ def build(args: ServerArgs, service: Service) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    return Gate(inner, args.api_keys(), args.max_request_bytes, service.metrics, args.access_log)
+    return Gate(inner, args, service.metrics)
 
 
 ANSWERS: dict[str, type] = {

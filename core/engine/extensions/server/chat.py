@@ -97,7 +97,7 @@ class Chat:
         as_text = tool_parser is not None and tool_parser.string_arguments
         messages = [_plain(i, m, as_text) for i, m in enumerate(body.messages)]
         tools = [t.model_dump(exclude_none=True) for t in body.tools or ()] if choice != "none" else []
-        variables = dict(body.chat_template_kwargs or {})
+        variables = self._args.default_chat_template_kwargs | (body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
         tokenizer = service.llm.get_tokenizer()

@@ -7,11 +7,11 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.extensions.server import logs
+from engine.extensions.server.args import ServerArgs
 from engine.extensions.server.errors import APIError
 from engine.extensions.server.metrics import Metrics
 
@@ -28,18 +28,18 @@ class Gate:
 
     Args:
         app: what lies behind.
-        keys: API keys of which one is needed; none needs none.
-        max_bytes: largest body.
+        args: keys, the largest body, and what is logged.
         metrics: counts requests.
-        access_log: log a line a request.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_bytes: int, metrics: Metrics, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, args: ServerArgs, metrics: Metrics) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
-        self._max_bytes = max_bytes
+        self._keys = [key.encode() for key in args.api_keys()]
+        self._max_bytes = args.max_request_bytes
         self._metrics = metrics
-        self._access_log = access_log
+        self._root = args.root_path.rstrip("/")
+        self._access_log = args.access_log
+        self._unlogged = {path for given in args.disable_access_log_for_endpoints for path in given.split(",")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection's request."""
@@ -70,13 +70,13 @@ class Gate:
             seconds = time.monotonic() - begin
             route = getattr(scope.get("route"), "path", "")
             self._metrics.http(route or "other", scope["method"], status, seconds)
-            if self._access_log:
+            if self._access_log and scope["path"].removeprefix(self._root) not in self._unlogged:
                 facts = {"method": scope["method"], "path": scope["path"], "status": status}
                 log.info("request", extra={"facts": {**facts, "seconds": round(seconds, 4)}})
             logs.request_id.reset(token)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> APIError | None:
-        if self._keys and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+        if self._keys and scope["path"].removeprefix(self._root) not in OPEN and scope["method"] != "OPTIONS":
             brought = headers.get(b"authorization", b"")
             # All keys are compared, each in constant time, so the time tells nothing of any.
             known = [hmac.compare_digest(brought, b"Bearer " + key) for key in self._keys]

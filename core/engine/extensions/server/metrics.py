@@ -40,6 +40,10 @@ class Metrics:
     Args:
         model: the served name.
         load: how busy the core is, as numbers that only grow while the server lives.
+
+    Attributes:
+        latest: the requests that finished last.
+        num_read, num_made: tokens of prompts, and generated.
     """
 
     def __init__(self, model: str, load: Callable[[], Load]) -> None:
@@ -53,6 +57,7 @@ class Metrics:
             registry=self.registry,
         )
         self.latest: deque[Latest] = deque(maxlen=_LATEST)
+        self.num_read = self.num_made = 0
         ProcessCollector(registry=self.registry)
         self.registry.register(_CoreLoad(model, load))
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that have begun")
@@ -102,6 +107,16 @@ class Metrics:
         self._requests.labels(handler, method, f"{status // 100}xx").inc()
         self._request_seconds.labels(handler).observe(seconds)
 
+    def read(self, num_tokens: int) -> None:
+        """Count tokens of a prompt."""
+        self.num_read += num_tokens
+        self._prompt_tokens.inc(num_tokens)
+
+    def made(self, num_tokens: int) -> None:
+        """Count tokens that were generated."""
+        self.num_made += num_tokens
+        self._generation_tokens.inc(num_tokens)
+
     def follow(self, params: SamplingParams) -> Following:
         """Begin to watch a request of the engine."""
         if params.detokenize:  # all that generate here do
@@ -147,14 +162,14 @@ class Following:
         new, self._num_tokens = num_tokens - self._num_tokens, num_tokens
         if output.pooled is not None:  # the output counts as its first token, and has none
             self._first = (output.metrics and output.metrics.first_token_time) or now
-            metrics._prompt_tokens.inc(len(output.prompt_token_ids))
+            metrics.read(len(output.prompt_token_ids))
             metrics._first_token.observe(self._first - self._begin)
         if new:
-            metrics._generation_tokens.inc(new)
+            metrics.made(new)
             if self._last is None:
                 # where only the end is seen, the engine's own clock tells when it began
                 self._first = self._last = (output.metrics and output.metrics.first_token_time) or now
-                metrics._prompt_tokens.inc(len(output.prompt_token_ids))
+                metrics.read(len(output.prompt_token_ids))
                 metrics._first_token.observe(self._first - self._begin)
                 new -= len(output.outputs)
             if (steps := max(0, new) // len(output.outputs)) > 0:

@@ -198,14 +198,14 @@ class Service:
         return await self.offload(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """Parameters of a request: what it gives, and what the model's generation_config.json recommends."""
+        """Parameters of a request: what it gives, then what the operator set, then what the model recommends."""
         limit = self.args.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             wanted = given.get(name)
             if wanted is not None and 0 <= limit < (float("inf") if wanted == -1 else wanted):
                 raise APIError(400, f"{name} must be at most {limit} (--max-logprobs), got {wanted}", name)
-        defaults = self.llm.info.default_sampling_params
-        return SamplingParams(**{"max_tokens": None, **defaults, **given})
+        recommended = self.llm.info.default_sampling_params if self.args.generation_config == "auto" else {}
+        return SamplingParams(**{"max_tokens": None, **recommended, **self.args.override_generation_config, **given})
 
     async def stream(
         self, call: Call, jobs: Sequence[Job], *, final_only: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +23,9 @@ encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
 """The last event of OpenAI's streams."""
+
+COMMENT = b": keep-alive\n\n"
+"""What clients pass over, and proxies take for a sign of life."""
 
 
 class ClientDisconnected(Exception):  # noqa: N818 - it is no error
@@ -85,16 +88,21 @@ class EventStream(Response):
 
     Args:
         events: encoded; closed in any case.
+        keep_alive: seconds without an event after which a comment is sent; 0 sends none.
         last: sent at the end, after an error too.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], last: bytes = DONE) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive: float = 0.0, last: bytes = DONE) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._keep_alive = keep_alive
         self._last = last
+        self._begun = False
+        self._silent = True
+        self._turn = asyncio.Lock()  # events and comments are sent one at a time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all; returns early when the client leaves."""
@@ -104,14 +112,33 @@ class EventStream(Response):
             log.debug("a client left its stream")
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            first = await anext(events, b"")
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
-            try:
+        beating = asyncio.create_task(self._beat(send)) if self._keep_alive else None
+        try:
+            async with aclosing(self._events) as events:
                 async for data in events:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-            except Exception as error:
-                data = event(as_api_error(error).body())
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": self._last})
+                    await self._put(send, data)
+        except Exception as error:
+            if not self._begun:
+                raise
+            await self._put(send, event(as_api_error(error).body()))
+        finally:
+            if beating is not None:
+                beating.cancel()
+        await self._put(send, self._last, more=False)
+
+    async def _put(self, send: Send, data: bytes, more: bool = True) -> None:
+        async with self._turn:
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._silent = False
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _beat(self, send: Send) -> None:
+        """Send a comment whenever nothing else was sent for a while."""
+        with suppress(OSError):  # the client left; `connected` knows it too
+            while True:
+                await asyncio.sleep(self._keep_alive)
+                if self._silent:
+                    await self._put(send, COMMENT)
+                self._silent = True

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 LENGTH = struct.Struct(">I")
 
+_CHECK = 1.0
+"""Seconds between two looks at the ranks while nothing runs."""
+
 
 class Start(msgspec.Struct, tag=True):
     """Parent to child, first: load this."""
@@ -154,10 +157,10 @@ class _Inbox:
         """Add a message of this process's own; from any thread."""
         self._queue.put(message)
 
-    def get(self, block: bool) -> ToCore | _Prepared | None:
-        """The next message; None when there is none and `block` is false."""
+    def get(self, seconds: float | None = None) -> ToCore | _Prepared | None:
+        """The next message; None when there is none within `seconds`, for which None waits for ever."""
         try:
-            return self._queue.get(block)
+            return self._queue.get(timeout=seconds)
         except queue.Empty:
             return None
 
@@ -165,7 +168,7 @@ class _Inbox:
 def serve(sock: socket.socket) -> None:
     """The child's life: load, then add, abort and step until the parent closes the socket."""
     inbox = _Inbox(sock)
-    start = inbox.get(block=True)
+    start = inbox.get()
     assert isinstance(start, Start)
     try:
         from engine.engine import make_core
@@ -230,12 +233,15 @@ class _Entrance:
 def _loop(core: EngineCore, inbox: _Inbox, sock: socket.socket) -> None:
     entrance = _Entrance(core, inbox, sock)
     told, num_steps = Load(), 0
+    runner: Any = core.runner
+    check = getattr(runner, "check", None)  # ranks in processes of their own, which may end while nothing runs
     while True:
         load = _load(core, num_steps)
         if not core.has_work() and load != told:  # aborts change the load without a step
             sock.sendall(pack(Outputs([], load)))
             told = load
-        while (message := inbox.get(block=not core.has_work())) is not None:
+        idle = None if check is None else _CHECK
+        while (message := inbox.get(0 if core.has_work() else idle)) is not None:
             if isinstance(message, Add):
                 for request in message.requests:
                     entrance.admit(request)
@@ -253,6 +259,8 @@ def _loop(core: EngineCore, inbox: _Inbox, sock: socket.socket) -> None:
             if outputs:
                 told = _load(core, num_steps)
                 sock.sendall(pack(Outputs(outputs, told)))
+        elif check is not None:
+            check()
 
 
 def _load(core: EngineCore, num_steps: int) -> Load:
@@ -269,5 +277,6 @@ def _load(core: EngineCore, num_steps: int) -> Load:
 
 def main() -> None:
     """Entry point of the child."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and systemd reach the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))

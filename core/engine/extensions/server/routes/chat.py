@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -47,7 +48,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     job = form.job(service, constraints.asked(body), prompt, given)
     view = _View(service, body, calling.id, form)
     if body.stream:
-        return EventStream(_stream(service, calling, job, view))
+        return EventStream(_stream(service, calling, job, view), service.args.sse_keep_alive_interval)
     return await answer(request, _complete(service, calling, job, view))
 
 
@@ -107,6 +108,7 @@ class _View:
     body: ChatRequest
     id: str
     form: Format
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def message(self, output: RequestOutput, c: CompletionOutput) -> ChatChoice:
         """A whole answer."""
@@ -165,9 +167,7 @@ class _View:
     def chunk(self, choices: list[ChatDelta], usage: Usage | UnsetType | None) -> bytes:
         """An event."""
         service = self.service
-        return event(
-            ChatChunk(id=self.id, created=service.created, model=service.names[0], choices=choices, usage=usage)
-        )
+        return event(ChatChunk(id=self.id, created=self.created, model=service.names[0], choices=choices, usage=usage))
 
 
 async def _complete(service: Service, calling: Calling, job: Job, view: _View) -> ChatCompletion:
@@ -178,7 +178,7 @@ async def _complete(service: Service, calling: Calling, job: Job, view: _View) -
         (output,) = await service.complete(calling, [job])
     return ChatCompletion(
         id=view.id,
-        created=service.created,
+        created=view.created,
         model=service.names[0],
         choices=[view.message(output, c) for c in output.outputs],
         usage=Usage.of([output]),
@@ -202,7 +202,7 @@ async def _until_over(service: Service, calling: Calling, job: Job, view: _View)
 
 async def _stream(service: Service, calling: Calling, job: Job, view: _View) -> AsyncGenerator[bytes, None]:
     options = view.body.stream_options
-    wants_usage = options is not None and options.include_usage
+    wants_usage = service.args.enable_force_include_usage or (options is not None and options.include_usage)
     running_usage = options is not None and options.continuous_usage_stats
     choices = [_Choice(view.form) for _ in range(view.body.n)]
     async with aclosing(service.stream(calling, [job])) as outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -57,10 +58,10 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     field = form.field if form else ""
     jobs = [Job(await _prompt(service, body, prompt), params, field) for prompt in prompts]
     view = _View(
-        body, call.id, service.names[0], service.created, service.llm.get_tokenizer() if _needs(body) else None
+        body, call.id, service.names[0], int(time.time()), service.llm.get_tokenizer() if _needs(body) else None
     )
     if body.stream:
-        return EventStream(_stream(service, call, jobs, view))
+        return EventStream(_stream(service, call, jobs, view), service.args.sse_keep_alive_interval)
     return await answer(request, _complete(service, call, jobs, view))
 
 
@@ -193,7 +194,7 @@ async def _complete(service: Service, call: Call, jobs: list[Job], view: _View) 
 async def _stream(service: Service, call: Call, jobs: list[Job], view: _View) -> AsyncGenerator[bytes, None]:
     body = view.body
     options = body.stream_options
-    wants_usage = options is not None and options.include_usage
+    wants_usage = service.args.enable_force_include_usage or (options is not None and options.include_usage)
     running_usage = options is not None and options.continuous_usage_stats
     latest: dict[int, RequestOutput] = {}
     shown: dict[int, _Shown] = {}

@@ -72,10 +72,13 @@ async def status(request: Request) -> JSON:
             "max_num_seqs": info.max_num_seqs,
             "weight_bytes": info.weight_bytes,
             "kv_bytes": info.kv_bytes,
+            "tasks": info.pooling.get("tasks") or ["generate"],
             "chat": context.chat(request).available(service),
         }
         found["load"] = msgspec.to_builtins(service.load()) | {"in_flight": service.in_flight}
-        latest = list(service.metrics.latest)
+        metrics = service.metrics
+        found["tokens"] = {"read": metrics.num_read, "made": metrics.num_made}
+        latest = list(metrics.latest)
         found["latest"] = {
             "num_requests": len(latest),
             "first_token": _percentiles(t.first_token for t in latest),

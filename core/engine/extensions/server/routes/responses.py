@@ -74,7 +74,8 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
             store.put(Kept(making.response, [*items, *making.response["output"]]))
 
     if body.stream:
-        return EventStream(_stream(service, calling, job, making, keep), last=b"")
+        events = _stream(service, calling, job, making, keep)
+        return EventStream(events, service.args.sse_keep_alive_interval, last=b"")
 
     async def whole() -> dict[str, Any]:
         async for _ in _events(service, calling, job, making):
