@@ -172,36 +172,8 @@ INLINE void multiply(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const
 template <bool TWO>
 INLINE void multiply_tiles(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride, int count) {
   finish_stores();
-  for (int i = 0; i < count; i += 32) {
-    const bf16* column = columns + (i / 2) * column_stride;
-    _tile_loadd(4, rows + i, row_stride * 2);
-    _tile_loadd(6, column, column_stride * 2);
-    _tile_loadd(7, column + 32, column_stride * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (TWO) {
-      _tile_loadd(5, rows + 16 * row_stride + i, row_stride * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-}
-template <bool TWO> INLINE void load_sums(const float* sums, int64_t stride) {
-  finish_stores();
-  _tile_loadd(0, sums, stride * 4);
-  _tile_loadd(1, sums + 16, stride * 4);
-  if constexpr (TWO) {
-    _tile_loadd(2, sums + 16 * stride, stride * 4);
-    _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
-  }
-}
-template <bool TWO> INLINE void store_sums(float* sums, int64_t stride) {
-  _tile_stored(0, sums, stride * 4);
-  _tile_stored(1, sums + 16, stride * 4);
-  if constexpr (TWO) {
-    _tile_stored(2, sums + 16 * stride, stride * 4);
-    _tile_stored(3, sums + 16 * stride + 16, stride * 4);
-  }
+  for (int i = 0; i < count; i += 32)
+    multiply_step<TWO>(rows + i, row_stride, columns + (i / 2) * column_stride, column_stride);
 }
 #endif
 

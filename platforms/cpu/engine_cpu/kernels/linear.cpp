@@ -58,36 +58,13 @@ template <bool TWO>
 INLINE void multiply_tiles(const Rows& x, const X* rows, const bf16* panel, int64_t steps, bool first, Ahead ahead,
                            float* sums) {
   finish_stores();
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, PANEL * 4);
-    _tile_loadd(1, sums + 16, PANEL * 4);
-    _tile_loadd(2, sums + 16 * PANEL, PANEL * 4);
-    _tile_loadd(3, sums + 16 * PANEL + 16, PANEL * 4);
-  }
+  if (first) clear_sums<TWO>();
+  else load_sums<TWO>(sums, PANEL);
   for (int64_t i = 0; i < steps; i++, rows += x.step, panel += PANEL * STEP) {
     ahead.fetch();
-    _tile_loadd(6, panel, PANEL * 4);
-    _tile_loadd(4, rows, x.row * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, panel + 32, PANEL * 4);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (TWO) {
-      _tile_loadd(5, rows + 16 * x.row, x.row * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    multiply_step<TWO>(rows, x.row, panel, PANEL * 2);
   }
-  _tile_stored(0, sums, PANEL * 4);
-  _tile_stored(1, sums + 16, PANEL * 4);
-  if constexpr (TWO) {
-    _tile_stored(2, sums + 16 * PANEL, PANEL * 4);
-    _tile_stored(3, sums + 16 * PANEL + 16, PANEL * 4);
-  }
+  store_sums<TWO>(sums, PANEL);
 }
 #endif
 

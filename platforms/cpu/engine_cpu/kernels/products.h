@@ -77,6 +77,46 @@ struct Tiles {  // configured while it lives
   }
   ~Tiles() { _tile_release(); }
 };
+
+// Sums [32 or 16][32] lie in tiles 0 to 3; a step adds the products of 32 k. Strides in elements, of pairs for columns.
+template <bool TWO> INLINE void clear_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (TWO) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+template <bool TWO> INLINE void load_sums(const float* sums, int64_t stride) {
+  finish_stores();
+  _tile_loadd(0, sums, stride * 4);
+  _tile_loadd(1, sums + 16, stride * 4);
+  if constexpr (TWO) {
+    _tile_loadd(2, sums + 16 * stride, stride * 4);
+    _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
+  }
+}
+template <bool TWO>
+INLINE void multiply_step(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride) {
+  _tile_loadd(6, columns, column_stride * 2);
+  _tile_loadd(4, rows, row_stride * 2);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, columns + 32, column_stride * 2);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (TWO) {
+    _tile_loadd(5, rows + 16 * row_stride, row_stride * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+template <bool TWO> INLINE void store_sums(float* sums, int64_t stride) {
+  _tile_stored(0, sums, stride * 4);
+  _tile_stored(1, sums + 16, stride * 4);
+  if constexpr (TWO) {
+    _tile_stored(2, sums + 16 * stride, stride * 4);
+    _tile_stored(3, sums + 16 * stride + 16, stride * 4);
+  }
+}
 #else
 inline bool tiles_allowed() { return false; }
 struct Tiles { Tiles(int = 16, int = 16) {} ~Tiles() {} };

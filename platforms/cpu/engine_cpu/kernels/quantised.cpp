@@ -101,30 +101,10 @@ template <class X> struct Rows {
 // sums [32 or 16][32] = rows x piece.
 template <bool TWO>
 INLINE void multiply_tiles(const Rows<bf16>& x, const bf16* rows, const bf16* piece, int steps, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (TWO) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int i = 0; i < steps; i++, rows += x.step, piece += PANEL * STEP) {
-    _tile_loadd(6, piece, PANEL * 4);
-    _tile_loadd(4, rows, x.row * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, piece + 32, PANEL * 4);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (TWO) {
-      _tile_loadd(5, rows + 16 * x.row, x.row * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, sums, PANEL * 4);
-  _tile_stored(1, sums + 16, PANEL * 4);
-  if constexpr (TWO) {
-    _tile_stored(2, sums + 16 * PANEL, PANEL * 4);
-    _tile_stored(3, sums + 16 * PANEL + 16, PANEL * 4);
-  }
+  clear_sums<TWO>();
+  for (int i = 0; i < steps; i++, rows += x.step, piece += PANEL * STEP)
+    multiply_step<TWO>(rows, x.row, piece, PANEL * 2);
+  store_sums<TWO>(sums, PANEL);
   finish_stores();
 }
 #endif
