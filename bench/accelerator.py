@@ -164,8 +164,8 @@ def floor(name: str, case: Case, weight_bytes: int, ceiling: tuple[float, float]
     return case.requests / step
 
 
-def breakdown(llm: LLM, case: Case) -> None:
-    """Where the device's time goes in the case, by kernel, and the host's by function."""
+def breakdown(llm: LLM, case: Case, trace_to: Path | None) -> None:
+    """Where the device's time goes in the case, by kernel, and the host's by function; the timeline as a file."""
     import cProfile
     import pstats
 
@@ -179,6 +179,8 @@ def breakdown(llm: LLM, case: Case) -> None:
     llm.reset_prefix_cache()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         llm.generate(prompts, params, use_tqdm=False)
+    if trace_to is not None:
+        trace.export_chrome_trace(str(trace_to))
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for event in trace.events():
         if "cuda" in str(event.device_type).lower():
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--platform", default="cuda")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--breakdown", nargs="*", choices=list(CASES), default=[], metavar="CASE")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="also write a breakdown's timeline, for Perfetto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--json", type=Path)
@@ -229,7 +232,7 @@ def main() -> None:
                 )
             for label in args.breakdown:
                 print(f"== {name} {label}")
-                breakdown(llm, CASES[label])
+                breakdown(llm, CASES[label], args.trace and args.trace / f"{name}-{label}.json.gz")
             del llm
             torch.accelerator.empty_cache()
     if ceiling:
