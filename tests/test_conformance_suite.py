@@ -833,9 +833,9 @@ print(forbidden_imports(load_platform("chip")))
             ["rms_norm", "TorchPlatform.linear"],
         ),
         (
-            "    def ops(self):\n        import engine.interfaces as i\n        i.Capabilities.missing = None\n"
+            "    def ops(self):\n        import engine.interfaces as i\n        i.Communicator.barrier = None\n"
             "        return super().ops()",
-            ["Capabilities.missing"],
+            ["Communicator.barrier"],
         ),
     ],
     ids=["nothing", "at load", "when used"],

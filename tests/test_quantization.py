@@ -57,6 +57,14 @@ def test_rounding_is_to_the_nearest_of_all_values(name: str, group: int | None) 
     assert not error[3].any()
 
 
+@pytest.mark.parametrize("name", QUANT_SCHEMES)
+def test_small_weights_of_fp16_are_kept(name: str) -> None:
+    """Their scales are subnormal."""
+    weight = torch.full((2, 32), 2e-4, dtype=torch.float16)
+    found = quantise(weight, QuantScheme(name, QUANT_SCHEMES[name], 32))
+    torch.testing.assert_close(dequantise(found, torch.float32), weight.float(), rtol=0.03, atol=0)
+
+
 def test_zeros_shift_what_values_mean() -> None:
     weight = QuantWeight(
         torch.tensor([[1, 2, 3, 4]], dtype=torch.int8),
@@ -477,7 +485,7 @@ def test_peak_memory_is_the_quantised_weights_and_a_tensor(tmp_path: Path) -> No
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     peak, steady, weights = map(int, done.stdout.split())
     assert weights < 0.2 * whole
-    assert steady < weights + 20
+    assert steady < weights + 40
     # Beside them: the embedding, or gate and up, apart and joined, and some rows of rounding.
     assert peak < weights + 80 < 0.7 * whole, (peak, weights, whole)
 

@@ -99,7 +99,7 @@ def test_a_rank_that_ends_while_nothing_runs_is_noticed(folder: Callable[[str], 
             ranks = children(llm.process_id)
             assert len(ranks) == 2
             os.kill(ranks[1], signal.SIGKILL)
-            error = await asyncio.wait_for(llm.ended(), 10)
+            error = await asyncio.wait_for(llm.ended(), 30)
             assert f"rank 1 of 2 (process {ranks[1]}) was killed by signal 9" in str(error)
             return ranks
 

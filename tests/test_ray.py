@@ -117,7 +117,7 @@ def test_two_nodes_say_what_one_rank_says_and_a_rank_that_is_killed_is_named(
         EngineDeadError, match=rf"rank 1 of 2 \(process {second.pid} on node {second.node.id[:8]}, .*worker process"
     ):
         generate(llm)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     nothing_is_left([first.pid, second.pid])
 
 
@@ -315,11 +315,10 @@ def test_a_driver_that_waits_hears_why_nobody_comes() -> None:
 def test_a_rank_that_does_not_answer_is_stopped() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        pulse = Pulse(ours, 0.01)
+        pulse = Pulse(ours, 1.0)
         assert pulse.counters() == (0, 0)
         assert not pulse.stopped()
-        time.sleep(0.05)
-        assert pulse.stopped()
+        until(pulse.stopped)
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -327,3 +326,8 @@ def until(condition: Callable[[], object], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
+
+
+def test_an_address_without_ray_is_refused() -> None:
+    with pytest.raises(ConfigError, match="distributed_executor_backend='ray'"):
+        LLM(platform="cpu", ray_address="local")

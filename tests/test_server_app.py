@@ -1099,17 +1099,28 @@ def certify(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def test_certificates_are_read_again(tmp_path: Path) -> None:
-    """As those do that renew them: new files in the place of the old; broken ones change nothing."""
+    """As those do that renew them: new files in the place of the old, one by one; broken ones change nothing."""
     cert, key = certify(tmp_path, "old")
     with processed("--ssl-certfile", str(cert), "--ssl-keyfile", str(key)) as process:
         address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
-        assert ssl.get_server_certificate(address) == cert.read_text()
-        certify(tmp_path, "new")
-        until(lambda: ssl.get_server_certificate(address) == cert.read_text())
-        new = cert.read_text()
+        old = cert.read_text()
+        assert ssl.get_server_certificate(address) == old
+        (tmp_path / "next").mkdir()
+        new, new_key = (path.read_text() for path in certify(tmp_path / "next", "new"))
+        key.write_text(new_key)  # which does not fit yet
+        until(lambda: refusals(process) > 0)
+        assert ssl.get_server_certificate(address) == old
+        cert.write_text(new)
+        until(lambda: ssl.get_server_certificate(address) == new)
+        before = refusals(process)
         cert.write_text("broken")
-        until(lambda: any("cannot be read" in line for line in process.lines))
+        until(lambda: refusals(process) > before)
         assert ssl.get_server_certificate(address) == new
+
+
+def refusals(process: Process) -> int:
+    """How often certificates could not be read again."""
+    return sum("cannot be read" in line for line in process.lines)
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ class EngineArgs:
         data_parallel_size: replicas of the engine, with so many ranks each; requests go to the least busy.
         enable_expert_parallel: the ranks that split layers have whole experts each, and tokens travel.
         distributed_executor_backend: what runs several ranks: ``"mp"``, the default, on this machine, or ``"ray"``.
-        ray_address: of the cluster that ``"ray"`` joins; None takes ``RAY_ADDRESS``, or starts one on this machine.
+        ray_address: of the cluster that ``"ray"`` joins; None takes ``RAY_ADDRESS``, or this machine's, or starts one.
         distributed_timeout_seconds: without progress of any rank, a run ends after these, and names who is behind.
         max_model_len: most tokens of prompt and output together; None takes the model's limit, or what fits.
         max_num_seqs: most sequences in a step.
@@ -136,6 +136,8 @@ class EngineArgs:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {args.gpu_memory_utilization}")
         if args.device_index < 0:
             raise ConfigError(f"device_index must be at least 0, got {args.device_index}")
+        if args.ray_address and args.distributed_executor_backend != "ray":
+            raise ConfigError("ray_address is Ray's alone; add distributed_executor_backend='ray'")
         return args
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from engine.errors import CommunicatorError
 from engine.interfaces import Communicator, GroupSpec
+
+log = logging.getLogger(__name__)
 
 COLLECTIVES = frozenset(
     ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "receive", "barrier")
@@ -62,9 +65,11 @@ class TorchCommunicator(Communicator):
                 "start the processes through an executor, or call torch.distributed.init_process_group first"
             )
         with self._running("creation"):
-            self._pg = self._hosts = _make(group, backend or dist.get_default_backend_for_device(device))
-            if device.type != "cpu":
-                self._hosts = _make(group, "gloo") if dist.is_gloo_available() else None
+            self._pg = _make(group, backend or dist.get_default_backend_for_device(device))
+            if dist.is_gloo_available():
+                self._hosts = _make(group, "gloo")
+            else:
+                log.warning("this torch has no gloo: ranks that make different calls are not told, and may hang")
 
     @property
     def capturable(self) -> bool:
@@ -219,8 +224,9 @@ class TorchCommunicator(Communicator):
     def close(self) -> None:
         """See `Communicator.close`."""
         if self._open and self._pg is not None:
-            for group in (self._pg, *([] if self._hosts in (self._pg, None) else [self._hosts])):
-                dist.destroy_process_group(group)
+            for group in (self._hosts, self._pg):
+                if group is not None:
+                    dist.destroy_process_group(group)
         self._open, self._pg, self._hosts = False, None, None
 
 

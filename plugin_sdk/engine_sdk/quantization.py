@@ -52,7 +52,7 @@ def quantise(weight: Tensor, scheme: QuantScheme) -> QuantWeight:
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)) if scheme.bits == 4 else x.abs().amax(-1, keepdim=True)
     scales = (extreme / (-8 if scheme.bits == 4 else 127)).to(weight.dtype)
     units = scales.float()
-    least = torch.finfo(weight.dtype).tiny
+    least = torch.finfo(units.dtype).tiny  # scales that are subnormal in fp16 are normal here
     values = (x / units.where(units.abs() >= least, torch.ones(()).to(units))).round_()
     limit = 1 << (scheme.bits - 1)
     values = values.clamp_(-limit, limit - 1).to(torch.int8).view(weight.shape)
@@ -71,7 +71,9 @@ def dequantise(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
 def _groups(inputs: int, scheme: QuantScheme) -> int:
     size = scheme.group_size or inputs or 1
     if inputs % size:
-        raise UnsupportedCapability("quant_schemes", scheme, f"groups of {size} do not divide {inputs} inputs")
+        raise UnsupportedCapability(
+            "quant_schemes", scheme, f"groups of {size} do not divide {inputs} inputs; take int8, which has none"
+        )
     return max(1, inputs // size)
 
 

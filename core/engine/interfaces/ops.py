@@ -112,7 +112,7 @@ class LinearMethod(ABC):
 
     def pack_quantized(self, weight: QuantWeight, bias: Tensor | None) -> object:
         """`pack` for weights that a checkpoint has as integers of the method's scheme, to be kept exactly."""
-        raise UnsupportedCapability("quant_schemes", type(self).__name__, "it rounds float weights only")
+        raise UnsupportedCapability("quant_schemes", type(self).__name__, "it rounds float weights only; load those")
 
     def rows(self, ids: Tensor, packed: object) -> Tensor:
         """Rows `ids`, int64 [...], of the weight, [..., in]. With it an embedding may share a quantised weight."""

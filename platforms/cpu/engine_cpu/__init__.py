@@ -64,7 +64,7 @@ class CpuPlatform(TorchPlatform):
         return CpuAttention(spec, kernels, declared)
 
     def ops(self) -> OpSet:
-        """Norm, gated activation and rotary embedding in one pass over memory, where kernels are built."""
+        """Norm, gated activation and rotary embedding as kernels, where they are built."""
         if (kernels := native.library()) is None:
             return super().ops()
         mine = Operations(kernels)

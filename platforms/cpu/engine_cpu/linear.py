@@ -89,6 +89,9 @@ class PackedLinear(LinearMethod):
         """See `LinearMethod.apply`."""
         assert isinstance(packed, Packed)
         if packed.product is not None:
+            if x.shape[-1] != packed.product.width or x.dtype != packed.weight.dtype:
+                expected = f"[..., {packed.product.width}] of {packed.weight.dtype}"
+                raise ValueError(f"a linear layer takes {expected}, and this is {list(x.shape)} of {x.dtype}")
             out = torch.empty(*x.shape[:-1], packed.rows, dtype=x.dtype)
             self.multiply(x.contiguous(), packed.product, out)
             return out
@@ -111,7 +114,7 @@ class PackedLinear(LinearMethod):
         out = torch.empty(*ids.shape, packed.product.width, dtype=packed.weight.dtype)
         product, threads = ctypes.addressof(packed.product), torch.get_num_threads()
         if strange := self._look_up(product, ids.data_ptr(), ids.numel(), out.data_ptr(), threads):
-            raise IndexError(f"{strange} token ids are beyond the embedding's {packed.rows} rows")
+            raise IndexError(f"token ids beyond the embedding's {packed.rows} rows: {strange}")
         return out
 
 

@@ -14,7 +14,7 @@ _KEPT = 1 << 30
 
 
 class HostMemory(TorchMemory):
-    """Memory as torch has it, with an allocator that holds on to what a step used: some tens of MiB."""
+    """Memory as torch has it, with an allocator that holds on to what a step used, up to 1 GiB."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """See `MemoryManager.allocate`.

@@ -122,6 +122,8 @@ class CpuQuantized(QuantizedLinear):
             return self._other.apply(x, packed)
         if x.dtype not in DTYPES:
             return self.apply(x.float(), packed).to(x.dtype)
+        if x.shape[-1] != packed.weight.width:
+            raise ValueError(f"a linear layer takes [..., {packed.weight.width}], and this is {list(x.shape)}")
         out = torch.empty(*x.shape[:-1], packed.weight.outputs, dtype=x.dtype)
         self.multiply(x.contiguous(), packed, out)
         return out if packed.bias is None else out + packed.bias
@@ -136,9 +138,11 @@ class CpuQuantized(QuantizedLinear):
             )
 
     def rows(self, ids: Tensor, packed: object) -> Tensor:
-        """See `LinearMethod.rows`; fp32."""
+        """See `LinearMethod.rows`; fp32. Raises `IndexError` for ids beyond."""
         if not isinstance(packed, Packed):
             return self._other.rows(ids, packed)
+        if ids.numel() and not 0 <= int(ids.amin()) <= int(ids.amax()) < packed.weight.outputs:
+            raise IndexError(f"there are token ids beyond the embedding's {packed.weight.outputs} rows")
         out, ids = torch.empty(*ids.shape, packed.weight.width), ids.contiguous()
         self._kernels.engine_rows_of_quantised(
             *(ctypes.addressof(packed.weight), ids.data_ptr(), ids.numel(), out.data_ptr(), torch.get_num_threads())

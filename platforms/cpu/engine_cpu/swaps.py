@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @hookimpl
 def engine_swaps() -> Mapping[str, Callable[..., Any]]:
     """One swap."""
-    return {"cpu": lambda model, seen, packs: [_Parts(model)] if packs else []}
+    return {"cpu": lambda model, seen, linear: [_Parts(model)]}
 
 
 class _Parts:
@@ -118,7 +118,7 @@ def _with_rotary(method: FunctionType, operations: Operations) -> FunctionType |
         want, got = function(q, k, cos, sin), operations.rotary(q, k, cos, sin)
         if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(want, got, strict=True)):
             return None
-    except (RuntimeError, TypeError, ValueError):  # it is something else
+    except Exception:  # it is something else
         return None
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:

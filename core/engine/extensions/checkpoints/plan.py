@@ -169,7 +169,8 @@ class LoadPlan:
     def fill(self, device: Device, *, progress: bool = False) -> None:
         """Read the weights into the model's parameters and persistent buffers, which have their storage by now.
 
-        Needs, beyond the weights, the staging buffers and the sources of one merged tensor at a time.
+        Needs, beyond the weights, the staging buffers and, one at a time, the sources of a merged tensor, and tensors
+        for a `sink`.
         """
         targets: dict[str, Any] = self._model.state_dict(keep_vars=True)
         taken = {name for name, target in targets.items() if hasattr(target, "sink")}

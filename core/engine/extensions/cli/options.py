@@ -63,21 +63,24 @@ class FromFile(argparse.Action):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
+        found = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"config {str(path)!r} must be a file of YAML with a flag a line: {error}") from error
+    if "config" in found:
+        raise ConfigError(f"config {str(path)!r} names another one; put all flags into one file")
+    return found
 
 
 def _words(name: str, value: Any) -> list[str]:
     """A flag as on the command line."""
     flag = "--" + name.replace("_", "-")
-    if value is None:
+    if value is None or value == []:
         return []
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, list):
         return [flag, *map(str, value)]
-    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]  # it may begin with a dash
 
 
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -79,12 +79,12 @@ class Actors(Ranks):
             with Door(host) as door:
                 self._run(door, self._neighbours(args, resource))
                 steps, watch = door.admit(args.world_size, self._starting)
+            sockets += [*steps, *watch]
+            self._pulses = [Pulse(sock, TICK) for sock in watch]
+            super().__init__(replace(args, platform=name), steps, host)
         except BaseException:
             self._finalizer()
             raise
-        sockets += [*steps, *watch]
-        self._pulses = [Pulse(sock, TICK) for sock in watch]
-        super().__init__(replace(args, platform=name), steps, host)
 
     def _start(self, places: cluster.Places, actors: list[Any], resource: str) -> list[_Seat]:
         """Start the processes, numbered such that those of a node are neighbours."""
@@ -188,11 +188,13 @@ def _reason(error: Exception) -> str:
 
 def _end(ray: Any, group: Any, actors: Sequence[Any], refs: Sequence[Any], sockets: Sequence[socket.socket]) -> None:
     """End the processes and wait for that, so that Ray does not report their death, and give their places back."""
-    if ray.is_initialized():
-        with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
-            for actor in actors:
-                ray.kill(actor)
-            ray.wait(list(refs), num_returns=len(refs), timeout=_END) if refs else None
-            ray.util.remove_placement_group(group)
-    for sock in sockets:
-        sock.close()
+    try:
+        if ray.is_initialized():
+            with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
+                for actor in actors:
+                    ray.kill(actor)
+                ray.wait(list(refs), num_returns=len(refs), timeout=_END) if refs else None
+                ray.util.remove_placement_group(group)
+    finally:
+        for sock in sockets:
+            sock.close()

@@ -194,7 +194,8 @@ class ContextAttention(AttentionBackend):
         group.entered()
         parts = comm.all_to_all(parts, [count] * group.size, [count] * group.size)
         parts = parts.view(group.size, count, heads, width + 1)
-        shares = parts[..., -1:].softmax(0).nan_to_num()  # of padding there are no keys anywhere
+        nowhere = (parts[..., -1:] == -torch.inf).all(0)  # padding has no keys on any rank
+        shares = parts[..., -1:].softmax(0).masked_fill(nowhere, 0)
         out.copy_((parts[..., :-1] * shares).sum(0))
 
 

@@ -252,14 +252,16 @@ class Ranks(ABC):
         return [rank for rank, sock in enumerate(self._sockets) if sock.fileno() in ready]
 
     def _look(self) -> None:
-        """Raise where a rank is gone, or none makes progress, while none can be told more."""
+        """Raise where a rank is gone or has failed, or none makes progress, while none can be told more."""
         for rank in self._speaking(0):
-            if messages.ended(self._sockets[rank]):
-                raise self._fail({rank: None}, loading=False)
+            if rank != self._speaker or messages.ended(self._sockets[rank]):  # see `watch`
+                raise self._fail({rank: messages.receive(self._sockets[rank])}, loading=False)
         self._look_for_progress()
 
     def _fail(self, words: dict[int, FromRank | None], *, loading: bool) -> EngineError:
         """End all ranks, and tell why: the first to speak may only be the first to notice."""
+        for rank in words:  # that it ends, after its last words, tells nothing
+            self._poll.unregister(self._sockets[rank])
         end = time.monotonic() + _LAST_WORDS
         while len(words) < self._size and (left := end - time.monotonic()) > 0:
             for rank in self._speaking(left):

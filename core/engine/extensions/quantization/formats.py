@@ -71,9 +71,11 @@ class Format(ABC):
         return next((s for s in stems if f"{s}.{self.key}" in entries and self._where(s)), None) if name else None
 
     def groups(self, inputs: int) -> int:
-        """G; raises `UnsupportedModelError` where groups do not divide the inputs."""
+        """G; raises `UnsupportedModelError` where groups, or words of 32 bits, do not divide the inputs."""
         if self.group_size is not None and inputs % self.group_size:
             raise UnsupportedModelError(f"groups of {self.group_size} do not divide {inputs} inputs; {_REMEDY}")
+        if inputs % (32 // self.bits):
+            raise UnsupportedModelError(f"{inputs} inputs do not fill words of {32 // self.bits}; {_REMEDY}")
         return 1 if self.group_size is None else inputs // self.group_size
 
     @abstractmethod
@@ -99,7 +101,7 @@ class Gptq(Format):
         pack, groups = 32 // self.bits, self.groups(inputs)
         along = None if self.group_size is None else (0, self.group_size)
         found = {
-            "qweight": Stored((-(-inputs // pack), outputs), torch.int32, (1, 1), (0, pack)),
+            "qweight": Stored((inputs // pack, outputs), torch.int32, (1, 1), (0, pack)),
             "qzeros": Stored((groups, -(-outputs // pack)), torch.int32, (1, pack), along),
             "scales": Stored((groups, outputs), torch.float32, (1, 1), along),
         }
@@ -150,7 +152,7 @@ class Packed(Format):
         pack, groups = 32 // self.bits, self.groups(inputs)
         along = None if self.group_size is None else (1, self.group_size)
         found = {
-            "weight_packed": Stored((outputs, -(-inputs // pack)), torch.int32, (0, 1), (1, pack)),
+            "weight_packed": Stored((outputs, inputs // pack), torch.int32, (0, 1), (1, pack)),
             "weight_scale": _scale(outputs, groups, along, there),
         }
         if "weight_zero_point" in there:
@@ -190,6 +192,9 @@ class Plain(Format):
 
     def decode(self, tensors: Mapping[str, Tensor]) -> QuantWeight:
         """See `Format.decode`."""
+        most = 1 << (self.bits - 1)
+        if int(tensors["weight"].amin()) < -most or int(tensors["weight"].amax()) >= most:
+            raise ValueError(f"it has values outside of {self.bits} bits; {_REMEDY}")
         return _weight(tensors["weight"], tensors["weight_scale"], tensors.get("weight_zero_point"))
 
 

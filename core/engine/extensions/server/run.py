@@ -6,9 +6,11 @@ SIGTERM or SIGINT once: new requests get 503, those that run finish, at most for
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +103,8 @@ async def _refresh(config: uvicorn.Config) -> None:
             continue
         seen = now
         try:
+            # A key that does not fit yet would leave the server without any, so it is tried elsewhere first.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
             config.ssl.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
             if config.ssl_ca_certs:
                 config.ssl.load_verify_locations(config.ssl_ca_certs)
@@ -110,7 +114,14 @@ async def _refresh(config: uvicorn.Config) -> None:
 
 
 def _times(files: Sequence[Path]) -> list[float | None]:
-    return [file.stat().st_mtime if file.exists() else None for file in files]
+    return [_time(file) for file in files]
+
+
+def _time(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # it is being replaced
+        return None
 
 
 def _listen(args: ServerArgs) -> socket.socket:
@@ -127,7 +138,7 @@ def _listen_locally(path: str) -> socket.socket:
     try:
         if Path(path).is_socket():
             with socket.socket(socket.AF_UNIX) as other:
-                if other.connect_ex(path) == 0:
+                if other.connect_ex(path) != errno.ECONNREFUSED:  # one where we may not connect is in use too
                     raise ConfigError(f"another server listens on {path}; choose another --uds")
             Path(path).unlink()
         return _bound(socket.socket(socket.AF_UNIX), path)
@@ -166,7 +177,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Tell the address once what the line promises is true: who comes is answered, and a signal drains."""
         await super().startup(sockets)
-        for sock in sockets or ():
+        for sock in () if self.should_exit else sockets or ():
             log.info("listening on %s", _address(sock, "https" if self.config.is_ssl else "http"))
 
     @contextmanager

@@ -396,12 +396,7 @@ template <class X, class C> class Tile {
 
 #if defined(HAS_AMX)
   template <bool TWO> void keys_on_tiles(int b, int m, int n) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (TWO) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    clear_sums<TWO>();
     multiply_tiles<TWO>(queries + m * D, D, blocks[b].keys + n * 2, shape.B * 2, shape.D);
     store_sums<TWO>(scores + m * columns + b * shape.scores + n, columns);
   }
