@@ -54,8 +54,7 @@ def test_tiles_in_one_block(platform: InterpretedPlatform, features: dict[str, A
     check(platform, backend, Case(backend.spec, 32, ROWS))
 
 
-@pytest.mark.parametrize("split", [1, 64])
-@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize(("split", "block_m"), [(1, 64), (64, 16)])
 @pytest.mark.parametrize(
     "features",
     [
