@@ -190,27 +190,32 @@ class TorchCommunicator(Communicator):
     def send(self, x: Tensor, dst: int) -> None:
         """See `Communicator.send`."""
         with self._running(f"send to {dst}"):
-            if self._hosts is not None and (known := ("send", dst, x.dtype, *x.shape)) not in self._agreed:
-                dist.send(_encode([str(x.dtype), list(x.shape)]), group_dst=dst, group=self._hosts)
-                self._agreed.add(known)
+            self._greet("send", x, dst)
             dist.send(x.contiguous(), group_dst=dst, group=self._pg)
 
     def receive(self, like: Tensor, src: int) -> Tensor:
         """See `Communicator.receive`."""
         result = torch.empty_like(like, memory_format=torch.contiguous_format)
         with self._running(f"receive from {src}"):
-            if self._hosts is not None and (known := ("receive", src, like.dtype, *like.shape)) not in self._agreed:
-                expected = _encode([str(like.dtype), list(like.shape)])
-                sent = torch.empty_like(expected)
-                dist.recv(sent, group_src=src, group=self._hosts)
-                if not sent.equal(expected):
-                    raise CommunicatorError(
-                        f"receive: rank {src} sent {_decode(sent)}, and {_decode(expected)} is expected\n"
-                        "remedy: pass `like` of the shape and dtype that is sent"
-                    )
-                self._agreed.add(known)
+            self._greet("receive", like, src)
             dist.recv(result, group_src=src, group=self._pg)
         return result
+
+    def _greet(self, call: str, x: Tensor, other: int) -> None:
+        """Check with one other rank that what is sent is what is expected there; each learns of a difference."""
+        if self._hosts is None or (known := (call, other, x.dtype, *x.shape)) in self._agreed:
+            return
+        mine = _encode([str(x.dtype), list(x.shape)])
+        theirs = torch.empty_like(mine)
+        steps = (dist.send, mine, "group_dst"), (dist.recv, theirs, "group_src")
+        for step, data, name in steps if call == "send" else reversed(steps):
+            step(data, group=self._hosts, **{name: other})
+        if not theirs.equal(mine):
+            raise CommunicatorError(
+                f"{call}: rank {other} of group {self.group.role} has {_decode(theirs)}, and this one {_decode(mine)}\n"
+                "remedy: pass `like` of the shape and dtype that is sent"
+            )
+        self._agreed.add(known)
 
     def barrier(self) -> None:
         """See `Communicator.barrier`."""
