@@ -121,7 +121,7 @@ def experts(args: argparse.Namespace) -> Iterator[Case]:
     """A layer of Qwen3-30B-A3B: 128 experts, 8 a token, hidden 2048, inner 768."""
     number, top_k, hidden, inner = 128, 8, 2048, 768
     up, down = randn(number, 2 * inner, hidden, spread=0.02), randn(number, hidden, inner, spread=0.02)
-    spec = ExpertsSpec(number, top_k, gated=True, transposed=False, dtype=DTYPE)
+    spec = ExpertsSpec(number, top_k, gated=True, transposed=False, dtype=DTYPE, silu=True)
     ours, grouped = TritonExperts(spec), GroupedExperts(spec)
     for n in args.rows:
 

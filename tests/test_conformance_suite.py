@@ -25,7 +25,7 @@ from engine_conformance.junit import write_junit
 from engine_conformance.outcomes import verdict
 from engine_conformance.page import page
 from engine_conformance.results import Outcome, Requirement, Result, Run, Subject, Suite, declares, read, write
-from engine_conformance.rules import changed, forbidden_imports, imported, patches, snapshot
+from engine_conformance.rules import changed, forbidden_imports, imported, load_ours, patches, snapshot
 from engine_conformance.subject import ask, digest, subject_of
 from engine_conformance.subject import suite as suite_here
 from engine_conformance.waivers import Waiver, load, select
@@ -850,6 +850,14 @@ def test_a_plugin_that_patches(plugin: Callable[[str], None], source: str, found
 
 def test_nothing_changes_by_itself() -> None:
     assert changed(snapshot(), snapshot()) == []
+
+
+def test_patches_without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of extras that are not installed say so in a sentence of their own, and are left out."""
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.delitem(sys.modules, "engine.extensions.server.tracing", raising=False)
+    load_ours()
+    assert "engine.extensions.server.tracing" not in sys.modules
 
 
 def test_requirements_are_three() -> None:

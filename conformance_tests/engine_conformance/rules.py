@@ -17,6 +17,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from engine.errors import EngineError
 from engine.plugins import load_platform
 from engine_conformance.subject import OURS, ending, packages, safe_path
 
@@ -155,7 +156,7 @@ def load_ours() -> None:
             if not module.name.endswith("__main__") and ".template" not in module.name:
                 try:
                     importlib.import_module(module.name)
-                except ImportError:  # of an extra that is not installed
+                except (ImportError, EngineError):  # of an extra that is not installed
                     continue
 
 

@@ -178,7 +178,9 @@ def test_experts(
     gate: Callable[[Tensor], Tensor],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Both weight orders, with and without bias; experts that nobody chose, that do not exist, and chosen twice."""
+    """Both weight orders, with and without bias, a gate that may be fused and one that may not; experts that nobody
+    chose, that do not exist, and chosen twice.
+    """
     device = conformance_platform.device().torch_device
     gated = gate is not F.relu
     worst = 0.0
@@ -190,10 +192,17 @@ def test_experts(
         st.sampled_from((1, 3, 40)),
         st.booleans(),
         st.booleans(),
+        st.booleans(),
         st.integers(0, 2**31),
     )
     def drawn(
-        dtype: torch.dtype, counts: tuple[int, int], num_tokens: int, transposed: bool, bias: bool, seed: int
+        dtype: torch.dtype,
+        counts: tuple[int, int],
+        num_tokens: int,
+        transposed: bool,
+        bias: bool,
+        named: bool,
+        seed: int,
     ) -> None:
         nonlocal worst
         num_experts, top_k = counts
@@ -217,7 +226,8 @@ def test_experts(
             None if up_bias is None else up_bias.to(device),
             None if down_bias is None else down_bias.to(device),
         )
-        method = conformance_platform.experts(ExpertsSpec(num_experts, top_k, gated, transposed, dtype))
+        silu = named and gate is silu_gate
+        method = conformance_platform.experts(ExpertsSpec(num_experts, top_k, gated, transposed, dtype, silu))
         inputs = x.to(device), ids.to(device), scores.to(device)
         got = method.apply(*inputs, weights)
         for before, after in zip((x, ids, scores), inputs, strict=True):

@@ -325,6 +325,19 @@ class GateTakenForSilu(TorchExperts):
         return super().apply(x, expert_ids, scores, mine if self.spec.gated else weights)
 
 
+@fault("L1", "test_ops.py::test_experts[silu_gate]")
+class FusedGateOfTheSecondHalf(TorchExperts):
+    """A gate that is fused takes up for gate."""
+
+    def apply(self, x: Tensor, expert_ids: Tensor, scores: Tensor, weights: ExpertWeights) -> Tensor:
+        def swapped(h: Tensor) -> Tensor:
+            up, gate = h.chunk(2, -1)
+            return F.silu(gate) * up
+
+        mine = ExpertWeights(weights.up, weights.down, swapped, weights.up_bias, weights.down_bias)
+        return super().apply(x, expert_ids, scores, mine if self.spec.silu else weights)
+
+
 # Linear layers.
 
 

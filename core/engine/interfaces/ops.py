@@ -129,6 +129,7 @@ class ExpertsSpec:
         gated: the first weight makes gate and up at once, and `ExpertWeights.activate` combines them.
         transposed: weights are [experts, in, out] rather than [experts, out, in].
         dtype: of weights and activations.
+        silu: `ExpertWeights.activate` is ``silu(gate) * up`` of the product's halves, if a method would fuse it.
     """
 
     num_experts: int
@@ -136,6 +137,7 @@ class ExpertsSpec:
     gated: bool
     transposed: bool
     dtype: torch.dtype
+    silu: bool = False
 
 
 @dataclass(frozen=True)

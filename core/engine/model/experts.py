@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from engine.compile import arguments
 from engine.interfaces import CompilerOptions, ExpertsSpec, ExpertWeights, Platform
@@ -64,8 +65,9 @@ def attach(seen: Observations, platform: Platform, compiler: CompilerOptions | N
             up_bias=getattr(module, f"{up}_bias").data if module.has_bias else None,
             down_bias=module.down_proj_bias.data if module.has_bias else None,
         )
-        num_experts, dtype = len(weights.up), weights.up.dtype
-        spec = ExpertsSpec(num_experts, top_k, gated=module.has_gate, transposed=module.is_transposed, dtype=dtype)
+        silu = type(module)._apply_gate is _default_apply_gate and type(module.act_fn) is type(ACT2FN["silu"])
+        shape = len(weights.up), top_k, module.has_gate, module.is_transposed
+        spec = ExpertsSpec(*shape, weights.up.dtype, silu=module.has_gate and silu)
         module.engine_method, module.engine_weights = platform.experts(spec), weights
         module.engine_handle = torch.tensor(next(_numbers))
         _modules[int(module.engine_handle)] = module

@@ -4,6 +4,9 @@
     x          -> product -> [S, I or 2I] in that order -> activate -> product -> [S, hidden] by pair
                                                                     combine    -> [N, hidden]
 
+The usual gate, ``silu(gate) * up``, is part of the first product: a program makes a tile of both halves. Tiles of
+weights are copied by descriptor where the device has an instruction for that; those of tokens are gathered by address.
+
 Everything about the routing stays on the device, so a captured step serves any routing. The grid covers the tiles that
 the worst routing needs; a program that finds no tile for itself ends at once.
 
@@ -21,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights
 from engine_sdk.triton.tuning import DeviceProperties, device_properties
@@ -37,29 +41,32 @@ class _Tile:
     num_stages: int
 
 
-def _tile(pairs_of_an_expert: float, itemsize: int) -> _Tile:
-    """Few rows are memory-bound: thin tiles, many programs. Many rows are compute-bound: square tiles."""
+def _tile(pairs_of_an_expert: float, itemsize: int, halves: int, shared_bytes: int) -> _Tile:
+    """Few rows are memory-bound: thin tiles, many programs. Many rows are compute-bound: square tiles.
+
+    Of `halves` tiles of weights a program has each one's columns; as many loads are in flight as there is room for.
+    """
     if itemsize > 2:
-        return _Tile(16 if pairs_of_an_expert <= 16 else 32, 64, 32, 4, 2)
-    if pairs_of_an_expert <= 32:
-        return _Tile(16 if pairs_of_an_expert <= 12 else 32, 64, 128, 4, 4)
-    if pairs_of_an_expert <= 96:
-        return _Tile(64, 128, 64, 4, 4)
-    return _Tile(128, 128 if pairs_of_an_expert <= 256 else 256, 64, 8, 3)
-
-
-def _fit(tile: _Tile, itemsize: int, shared_bytes: int) -> _Tile:
-    """The tile with as many loads in flight as there is room for, one always being computed; else a narrower one."""
-    stages = 1 + shared_bytes // ((tile.rows + tile.columns) * tile.depth * itemsize)
-    if stages == 1:
-        return _fit(replace(tile, columns=tile.columns // 2), itemsize, shared_bytes)
+        tile = _Tile(16 if pairs_of_an_expert <= 16 else 32, 64, 32, 4, 2)
+    elif pairs_of_an_expert <= 12:
+        tile = _Tile(16, 64, 128, 4, 3)
+    elif pairs_of_an_expert <= 32:
+        tile = _Tile(32, 128, 128, 4, 3)
+    elif pairs_of_an_expert <= 96:
+        tile = _Tile(64, 128, 64, 4, 4)
+    else:
+        tile = _Tile(128, 256, 64, 8, 4)
+    tile = replace(tile, columns=tile.columns // halves)
+    while (stages := 1 + shared_bytes // ((tile.rows + halves * tile.columns) * tile.depth * itemsize)) == 1:
+        tile = replace(tile, columns=tile.columns // 2)  # one load is always being computed
     return replace(tile, num_stages=min(tile.num_stages, stages))
 
 
 class TritonExperts(ExpertsMethod):
     """Two grouped products over the chosen experts, for any number of tokens; nothing waits for the device.
 
-    Products and biases are summed in fp32 and rounded once; the weighted sum is in fp32, in the order of the columns.
+    Products and biases are summed in fp32 and rounded once, where the gate is fused after it; the weighted sum is in
+    fp32, in the order of the columns.
     `device` is what the products are cut for; None asks Triton's driver.
     """
 
@@ -78,8 +85,9 @@ class TritonExperts(ExpertsMethod):
         block = min(4096, max(16, triton.next_power_of_2(pairs)))
         _route[(experts,)](ids, order, bounds, pairs, experts, BLOCK=block, num_warps=8 if block > 1024 else 4)
 
-        inner = self._product(x, weights.up, weights.up_bias, order, bounds, top_k, by_pair=False)
-        inner = weights.activate(inner)
+        inner = self._product(x, weights.up, weights.up_bias, order, bounds, top_k, halves=2 if self.spec.silu else 1)
+        if not self.spec.silu:
+            inner = weights.activate(inner)
         made = self._product(inner, weights.down, weights.down_bias, order, bounds, top_k, by_pair=True)
         out = torch.empty(num_tokens, made.shape[1], dtype=x.dtype, device=x.device)
         width = min(1024, triton.next_power_of_2(made.shape[1]))
@@ -90,25 +98,38 @@ class TritonExperts(ExpertsMethod):
         return out
 
     def _product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, bounds: Tensor, top_k: int, by_pair: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        bounds: Tensor,
+        top_k: int,
+        *,
+        halves: int = 1,
+        by_pair: bool = False,
     ) -> Tensor:
-        """Rows of x times each row's expert: x [N, in] by token to [S, out] in sorted order, or back, `by_pair`."""
+        """Rows of x times each row's expert: x [N, in] by token to [S, out] in sorted order, or back, `by_pair`.
+
+        Two `halves` of the weight are multiplied at once and combined by the gate.
+        """
         pairs, experts = order.shape[0], self.spec.num_experts
         rows, columns = (2, 1) if self.spec.transposed else (1, 2)
-        out = torch.empty(pairs, weight.shape[rows], dtype=x.dtype, device=x.device)
+        width, depth = weight.shape[rows] // halves, weight.shape[columns]
+        out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
         device = self._device or device_properties(x.device)
-        tile = _fit(_tile(pairs / experts, x.dtype.itemsize), x.dtype.itemsize, device.shared_bytes)
+        tile = _tile(pairs / experts, x.dtype.itemsize, halves, device.shared_bytes)
         most_tiles = min(pairs, pairs // tile.rows + min(experts, pairs))
-        depth = weight.shape[columns]
-        grid = (most_tiles * triton.cdiv(out.shape[1], tile.columns),)
+        grid = (most_tiles * triton.cdiv(width, tile.columns),)
+        by_descriptor = device.tile_copies and not self.spec.transposed and _describable(weight)
         _multiply[grid](
             x,
-            weight,
+            TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.columns, tile.depth]) if by_descriptor else weight,
             bias,
             out,
             order,
             bounds,
-            out.shape[1],
+            width,
             depth,
             x.stride(0),
             weight.stride(0),
@@ -118,6 +139,8 @@ class TritonExperts(ExpertsMethod):
             EXPERTS_UP=triton.next_power_of_2(experts),
             TOP_K=top_k,
             BY_PAIR=by_pair,
+            BY_DESCRIPTOR=by_descriptor,
+            HALVES=halves,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
@@ -127,6 +150,11 @@ class TritonExperts(ExpertsMethod):
             num_stages=tile.num_stages,
         )
         return out
+
+
+def _describable(weight: Tensor) -> bool:
+    """Whether its rows can be copied by descriptor: they follow each other, and begin at multiples of 16 bytes."""
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0 and weight.stride(1) * weight.itemsize % 16 == 0
 
 
 @triton.jit
@@ -153,6 +181,27 @@ def _route(ids, order, bounds, pairs, experts, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _weights(weight, at, start, within, inside, BY_DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr):
+    """A tile [DEPTH, COLUMNS] of weights from depth `start` on: at a row of the descriptor, or at pointers."""
+    if BY_DESCRIPTOR:
+        tile = weight.load([at, start]).T
+    elif EVEN:
+        tile = tl.load(at, mask=inside[None, :], other=0.0)
+    else:
+        tile = tl.load(at, mask=inside[None, :] & within[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def _dot(a, b, acc, UPCAST: tl.constexpr):
+    if UPCAST:
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _multiply(
     x,
     weight,
@@ -170,6 +219,8 @@ def _multiply(
     EXPERTS_UP: tl.constexpr,
     TOP_K: tl.constexpr,
     BY_PAIR: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+    HALVES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -180,9 +231,9 @@ def _multiply(
 
     Args:
         x: [N, depth] by token, or [S, depth] in sorted order where BY_PAIR.
-        weight: [E, width, depth] in any strides.
-        bias: [E, width], or None.
-        out: [S, width] in sorted order, or by pair where BY_PAIR.
+        weight: [E, HALVES * width, depth] in any strides, or a descriptor of [E * HALVES * width, depth].
+        bias: [E, HALVES * width], or None.
+        out: [S, width] in sorted order, or by pair where BY_PAIR; of two halves, ``silu(first) * second``.
         order, bounds: as `_route` left them.
         x_row, w_expert, w_row, w_column: strides, in elements.
     """
@@ -203,27 +254,38 @@ def _multiply(
     source = place if BY_PAIR else pair // TOP_K
     target = pair if BY_PAIR else place
 
-    column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    first_column = (tl.program_id(0) % column_tiles) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = column < width
     k = tl.arange(0, DEPTH)
     x_at = x + source.to(tl.int64)[:, None] * x_row + k[None, :]
-    w_at = weight + expert.to(tl.int64) * w_expert + column[None, :] * w_row + k[:, None] * w_column
-    inside = column < width
+    if BY_DESCRIPTOR:
+        w_at = expert * (HALVES * width) + first_column
+        half = width
+    else:
+        w_at = weight + expert.to(tl.int64) * w_expert + column[None, :] * w_row + k[:, None] * w_column
+        half = width * w_row
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    up = acc
     for start in range(0, depth, DEPTH):
+        within = start + k < depth
         if EVEN:
             a = tl.load(x_at, mask=alive[:, None], other=0.0)
-            b = tl.load(w_at, mask=inside[None, :], other=0.0)
         else:
-            a = tl.load(x_at, mask=alive[:, None] & (start + k < depth)[None, :], other=0.0)
-            b = tl.load(w_at, mask=inside[None, :] & (start + k < depth)[:, None], other=0.0)
-        if UPCAST:
-            acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-        else:
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            a = tl.load(x_at, mask=alive[:, None] & within[None, :], other=0.0)
+        acc = _dot(a, _weights(weight, w_at, start, within, inside, BY_DESCRIPTOR, EVEN), acc, UPCAST)
+        if HALVES == 2:
+            up = _dot(a, _weights(weight, w_at + half, start, within, inside, BY_DESCRIPTOR, EVEN), up, UPCAST)
         x_at += DEPTH
-        w_at += DEPTH * w_column
+        if not BY_DESCRIPTOR:
+            w_at += DEPTH * w_column
     if bias is not None:
-        acc += tl.load(bias + expert * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        b_at = bias + expert * (HALVES * width) + column
+        acc += tl.load(b_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if HALVES == 2:
+            up += tl.load(b_at + width, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HALVES == 2:
+        acc = acc / (1 + tl.exp(-acc)) * up
     out_at = out + target.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=alive[:, None] & inside[None, :])
 

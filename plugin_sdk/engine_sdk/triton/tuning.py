@@ -24,11 +24,13 @@ class DeviceProperties:
         num_cores: multiprocessors, compute units.
         shared_bytes: of a core's fast memory that one program may have.
         warp_size: lanes that run together.
+        tile_copies: one instruction copies a tile that a descriptor describes (tensor memory accelerator).
     """
 
     num_cores: int
     shared_bytes: int
     warp_size: int
+    tile_copies: bool = False
 
 
 @functools.cache
@@ -38,8 +40,9 @@ def device_properties(device: torch.device) -> DeviceProperties:
         return DeviceProperties(num_cores=4, shared_bytes=64 << 10, warp_size=32)
     index = torch.accelerator.current_device_index() if device.index is None else device.index
     found = driver.active.utils.get_device_properties(index)
-    warp_size = driver.active.get_current_target().warp_size
-    return DeviceProperties(found["multiprocessor_count"], found["max_shared_mem"], warp_size)
+    target = driver.active.get_current_target()
+    tile_copies = isinstance(target.arch, int) and target.arch >= 90  # others' are names
+    return DeviceProperties(found["multiprocessor_count"], found["max_shared_mem"], target.warp_size, tile_copies)
 
 
 @dataclass(frozen=True)
