@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine_sdk import ExpertsSpec, ExpertWeights, TorchExperts
 from engine_sdk.triton.experts import TritonExperts
@@ -14,7 +14,8 @@ from engine_sdk.triton.tuning import device_properties
 
 def gate(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
-    return torch.mul(F.silu(a), b)
+    gated: Tensor = F.silu(a) * b
+    return gated
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_tile_copies(tokens: int, inner: int, silu: bool, bias: bool) -> None:
     generator = torch.Generator().manual_seed(tokens)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        return torch.randn(shape, generator=generator).div(shape[-1] ** 0.5)
 
     up, down = randn(4, 2 * inner, 72), randn(4, 72, inner)
     biases = (randn(4, 2 * inner), randn(4, 72)) if bias else (None, None)
