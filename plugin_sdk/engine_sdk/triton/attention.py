@@ -47,8 +47,8 @@ _MERGED = 8192  # elements that a program merges at once
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """One launch: what does not change from layer to layer.
+class Launch:
+    """One launch of `attend`: what does not change from layer to layer.
 
     Attributes:
         grid: (head tiles, tiles or requests, splits).
@@ -56,15 +56,42 @@ class _Launch:
         constants: its constants, warps and stages.
     """
 
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     inputs: tuple[Any, ...]
     constants: dict[str, Any]
+
+    def run(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        out: Tensor,
+        lse: Tensor | None,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+    ) -> None:
+        """Attend; the arguments are those of `AttentionBackend.forward`, whose keys and values are in the cache."""
+        attend[self.grid](
+            q,
+            cache.keys,
+            cache.values,
+            out,
+            lse,
+            sinks,
+            alibi_slopes,
+            *self.inputs,
+            *q.stride()[:2],
+            *out.stride()[:2],
+            *((0, 0) if lse is None else lse.stride()),
+            *cache.keys.stride()[:3],
+            *cache.values.stride()[:3],
+            **self.constants,
+        )
 
 
 @dataclass(frozen=True)
 class _Plan:
     slots: Tensor
-    launches: list[_Launch]
+    launches: list[Launch]
 
 
 class TritonAttention(AttentionBackend):
@@ -121,25 +148,25 @@ class TritonAttention(AttentionBackend):
     def plan(self, batch: AttentionBatch) -> Plan:
         """Choose grids. Host fields but the limits are not used where the step is captured."""
         device, tuning = self._cut(batch.slots.device)
-        short, step = self._tokens_of(tuning.decode), self._tokens_of(tuning.prefill)
+        short = self._tokens_of(tuning.decode)
         if batch.captured:
             num_short = batch.num_requests
-            most = batch.max_query_len
-            # Each tile is full, or the last one of a request with more than `short` tokens.
-            ends = min(batch.num_requests, batch.num_tokens // (short + 1))
-            num_tiles = 0 if most <= short else min(batch.num_tokens // step + ends, ends * -(-most // step))
         else:
-            lengths = batch.query_start_host.diff()
-            fits = (lengths <= short).nonzero()
+            fits = (batch.query_start_host.diff() <= short).nonzero()
             num_short = int(fits[-1]) + 1 if len(fits) else 0
-            rest = lengths[lengths > short]
-            num_tiles = int((-(-rest // step)).sum())
         launches = []
         if num_short:
             launches.append(self._launch(batch, device.num_cores, tuning, tuning.decode, num_short, None))
-        if num_tiles:
-            launches.append(self._launch(batch, device.num_cores, tuning, tuning.prefill, num_tiles, short))
+        if prefill := self._prefill(batch, device, tuning, short):
+            launches.append(prefill)
         return _Plan(batch.slots, launches)
+
+    def _prefill(
+        self, batch: AttentionBatch, device: DeviceProperties, tuning: AttentionTuning, short: int
+    ) -> Launch | None:
+        """The launch of requests with more than `short` tokens, if there are any; subclasses may have other kernels."""
+        tiles = tiles_of(batch, short, self._tokens_of(tuning.prefill))
+        return self._launch(batch, device.num_cores, tuning, tuning.prefill, tiles, short) if tiles else None
 
     def _cut(self, device: torch.device) -> tuple[DeviceProperties, AttentionTuning]:
         """The device's properties, and how kernels are cut for it."""
@@ -168,7 +195,7 @@ class TritonAttention(AttentionBackend):
         tile: Tile,
         items: int,
         longer: int | None,
-    ) -> _Launch:
+    ) -> Launch:
         spec = self.spec
         group = spec.num_heads // spec.num_kv_heads
         heads = min(group, tile.block_m)
@@ -192,7 +219,7 @@ class TritonAttention(AttentionBackend):
         merge_step = heads if longer is None else tile.block_m
         merge_rows = triton.next_power_of_2(merge_step)
         in_block = batch.block_size % tile.block_n == 0
-        return _Launch(
+        return Launch(
             (head_tiles, items, splits),
             (
                 batch.block_table,
@@ -251,26 +278,20 @@ class TritonAttention(AttentionBackend):
             raise UnsupportedCapability("lse", True, f"declared: {sorted(self._declared.attention)}")
         if k is not None and v is not None:
             write_tokens(k, v, cache, plan.slots)
-        strides = (
-            *q.stride()[:2],
-            *out.stride()[:2],
-            *((0, 0) if lse is None else lse.stride()),
-            *cache.keys.stride()[:3],
-            *cache.values.stride()[:3],
-        )
         for launch in plan.launches:
-            attend[launch.grid](
-                q,
-                cache.keys,
-                cache.values,
-                out,
-                lse,
-                sinks,
-                alibi_slopes,
-                *launch.inputs,
-                *strides,
-                **launch.constants,
-            )
+            launch.run(q, cache, out, lse, sinks, alibi_slopes)
+
+
+def tiles_of(batch: AttentionBatch, short: int, step: int) -> int:
+    """Tiles of `step` tokens of requests with more than `short`; of a captured step, as many as a replay may have."""
+    if not batch.captured:
+        lengths = batch.query_start_host.diff()
+        return int((-(-lengths[lengths > short] // step)).sum())
+    if batch.max_query_len <= short:
+        return 0
+    # Each tile is full, or the last one of a request with more than `short` tokens.
+    ends = min(batch.num_requests, batch.num_tokens // (short + 1))
+    return min(batch.num_tokens // step + ends, ends * -(-batch.max_query_len // step))
 
 
 class _Workspace:

@@ -76,6 +76,10 @@ class TritonPlatform(TorchPlatform):
     def compiler(self) -> CompilerOptions | None:
         """Torch's own compiler, whose kernels are Triton's.
 
-        With its tuning of tiles, the products of a single token become reductions that fuse with what is around them.
+        With its tuning of tiles, the products of a single token become reductions that fuse with what is around them;
+        what works on queries and on keys shares a launch; and routers choose experts in one.
         """
-        return CompilerOptions(options={"coordinate_descent_tuning": True})
+        from engine_sdk.triton.topk import ShortTopK
+
+        options = {"coordinate_descent_tuning": True, "combo_kernels": True, "post_grad_custom_pre_pass": ShortTopK()}
+        return CompilerOptions(options=options)
