@@ -81,5 +81,7 @@ class TritonPlatform(TorchPlatform):
         """
         from engine_sdk.triton.topk import ShortTopK
 
-        options = {"coordinate_descent_tuning": True, "combo_kernels": True, "post_grad_custom_pre_pass": ShortTopK()}
+        options: dict[str, object] = {"coordinate_descent_tuning": True, "post_grad_custom_pre_pass": ShortTopK()}
+        # Of many tokens a joint launch may be slower: the compiler measures, and keeps what gains.
+        options |= {"combo_kernels": True, "benchmark_combo_kernel": True}
         return CompilerOptions(options=options)
