@@ -1,6 +1,6 @@
 """Paged attention on one accelerator: microseconds, rates, and the ratio to the best of torch's dense kernels.
 
-    python bench/attention.py                                  the standard shapes, as tuned
+    python bench/attention.py                                  the standard shapes, as the platform runs them
     python bench/attention.py --sweep --write --limit 150      try cuts of the kernel, keep the best in the tuning table
     python bench/attention.py --only decode --models 8b --batch 32 256
 
@@ -35,7 +35,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from engine_sdk import AttentionBatch, AttentionSpec
+from engine.plugins import load_platform
+from engine_sdk import AttentionBackend, AttentionBatch, AttentionSpec
 from engine_sdk.triton.attention import TritonAttention
 from engine_sdk.triton.kv_cache import TritonHeadMajor, TritonTokenMajor
 from engine_sdk.triton.tuning import TABLE, AttentionTuning, Tile, attention_tuning, device_properties
@@ -98,7 +99,9 @@ def shapes(args: argparse.Namespace) -> Iterator[Shape]:
 class Inputs:
     """One set of tensors of a shape, its pages in random order."""
 
-    def __init__(self, shape: Shape, spec: AttentionSpec, block_size: int, backend: TritonAttention, seed: int) -> None:
+    def __init__(
+        self, shape: Shape, spec: AttentionSpec, block_size: int, backend: AttentionBackend, seed: int
+    ) -> None:
         torch.manual_seed(seed)
         r, new, length = shape.requests, shape.new, shape.length
         layout = backend.layout(block_size)
@@ -128,7 +131,7 @@ class Inputs:
         self.out = torch.empty(r * new, h, e, **on)
         self.sinks = torch.randn(h, **on) if spec.sinks else None
 
-    def forward(self, backend: TritonAttention, plan: Any, write: bool) -> None:
+    def forward(self, backend: AttentionBackend, plan: Any, write: bool) -> None:
         k, v = (self.k, self.v) if write else (None, None)
         backend.forward(self.q, k, v, self.cache, plan, self.out, sinks=self.sinks)
 
@@ -391,8 +394,13 @@ def measure(shape: Shape, args: argparse.Namespace, bandwidth: float, rate: floa
     layout = TritonHeadMajor if args.head_major else TritonTokenMajor
     sets = [Inputs(shape, spec, args.block_size, TritonAttention(spec, layout=layout), seed) for seed in range(copies)]
 
+    def backend_of(cut: AttentionTuning) -> AttentionBackend:
+        if args.sweep or args.triton or args.head_major:
+            return TritonAttention(spec, layout=layout, tuning=cut)
+        return load_platform().attention(spec)
+
     def ours(cut: AttentionTuning, write: bool, repeats: int) -> float:
-        backend = TritonAttention(spec, layout=layout, tuning=cut)
+        backend = backend_of(cut)
         plans = [backend.plan(inputs.batch) for inputs in sets]
         calls = [lambda i=i, p=p: i.forward(backend, p, write) for i, p in zip(sets, plans, strict=True)]
         return seconds(calls, repeats)
@@ -405,7 +413,7 @@ def measure(shape: Shape, args: argparse.Namespace, bandwidth: float, rate: floa
         with contextlib.suppress(OutOfResources):
             of_cut[candidate] = ours(candidate, False, 5)
     cut = min(of_cut, key=of_cut.__getitem__)
-    backend = TritonAttention(spec, layout=layout, tuning=cut)
+    backend = backend_of(cut)
     plan = backend.plan(sets[0].batch)
     sets[0].out.fill_(math.nan)
     sets[0].forward(backend, plan, True)
@@ -496,7 +504,8 @@ def main() -> None:
     parser.add_argument("--kv-dtype")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--head-major", action="store_true")
-    parser.add_argument("--sweep", action="store_true", help="try other cuts of the kernel")
+    parser.add_argument("--triton", action="store_true", help="Triton's kernel, also where the platform has another")
+    parser.add_argument("--sweep", action="store_true", help="try other cuts of Triton's kernel")
     parser.add_argument("--write", action="store_true", help=f"put the best cuts into {TABLE.name}")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--limit", type=float, default=150, help="seconds; shapes that come later are left out")

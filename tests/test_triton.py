@@ -4,6 +4,7 @@ The interpreter is chosen when Triton is imported, so its tests run in a process
 """
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def test_compiles_ahead_of_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     one = table["TARGETS"][target]
     titles = ["32 heads of 8, 128; decode", "32 heads of 8, 128; prefill", "128 heads of 1, 576 and 512; decode"]
+    if target == "sm_90":
+        titles += ["32 heads of 8, 128; prefill, Hopper's", "64 heads of 8, 64; prefill, Hopper's"]
     rows = list(table["rows"]({target: one}, titles=titles))
     assert len(rows) > 2
     for row in rows:
@@ -73,3 +76,24 @@ def test_compiles_ahead_of_time(
         assert row.footprint.shared <= one.device.shared_bytes, row
         # Of latent attention docs/kernels.md says where registers are spilled.
         assert row.footprint.spilled <= 256 or "576" in row.case, row
+
+
+def test_hopper_overlaps_softmax_and_products(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In machine code the softmax lies where a product is under way: the assembler neither serialised nor moved it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    one = table["TARGETS"]["sm_90"]
+    with table["recording"]() as launches:
+        table["CASES"]["32 heads of 8, 128; prefill, Hopper's"](one)
+    kernel = table["compile_launch"](launches[-1], one.target)
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    tool = Path(sys.modules["triton"].__file__ or "").parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(tool), "-sass", str(tmp_path / "kernel.cubin")]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # The scores of a tile are waited for while one product is outstanding, and then that product.
+    under_way = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR\.LE gsb0, 0x0", code, re.DOTALL)
+    assert len(under_way) == 4, "two consumers have a loop that masks and one that does not"
+    for softmax in under_way:
+        assert softmax.count("MUFU.EX2") >= 64, "an exponential for each of a lane's scores"
+        assert "HGMMA" not in softmax

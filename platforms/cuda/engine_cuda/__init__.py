@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine_sdk import (
+    AttentionBackend,
+    AttentionSpec,
     Capabilities,
     DeviceInfo,
     GraphRuntime,
@@ -19,8 +22,15 @@ from engine_sdk import (
     Probe,
     TorchGraphs,
 )
+from engine_sdk.platform import require_attention
 from engine_sdk.triton.platform import TritonPlatform
 
+if TYPE_CHECKING:
+    from engine_cuda.hopper import HopperAttention
+
+log = logging.getLogger(__name__)
+
+_GLUON = "3.6.", "3.7."  # releases of Triton that `hopper_kernel` is written for
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _FLOATS8 = frozenset((torch.float8_e4m3fn, torch.float8_e5m2))
 
@@ -76,9 +86,30 @@ class CudaPlatform(TritonPlatform):
             declared, kv_dtypes=declared.kv_dtypes | (_FLOATS8 if capability >= (8, 9) else frozenset())
         )
 
+    def attention(self, spec: AttentionSpec) -> AttentionBackend:
+        """A `HopperAttention` where the GPU is one and the layer suits it, else what every Triton platform has."""
+        declared = self.capabilities()
+        if torch.cuda.get_device_capability(self.device_index)[0] == 9 and (hopper := _hopper()) and hopper.suits(spec):
+            require_attention(declared, spec)
+            return hopper(spec, declared=declared)
+        return super().attention(spec)
+
     def graphs(self) -> GraphRuntime | None:
         """CUDA graphs."""
         return super().graphs() or CudaGraphs(self.device())
+
+
+@functools.cache
+def _hopper() -> type[HopperAttention] | None:
+    """`HopperAttention`; its kernel is in Gluon, a part of Triton that is experimental and differs between releases."""
+    import triton
+
+    if not triton.__version__.startswith(_GLUON):
+        log.debug("prompts go to Triton's kernel: Triton %s is none of %s", triton.__version__, ", ".join(_GLUON))
+        return None
+    from engine_cuda.hopper import HopperAttention
+
+    return HopperAttention
 
 
 class CudaGraphs(TorchGraphs):
