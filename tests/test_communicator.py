@@ -3,16 +3,29 @@
 from collections import Counter
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from engine_conformance.ranks import CHECKS, run_ranks
-from engine_sdk import GroupSpec, TorchPlatform, communicator
+from engine_conformance.ranks import CHECKS, World, run_ranks
+from engine_sdk import CommunicatorError, GroupSpec, TorchPlatform, communicator
 
 GROUPS = ("overlapping_groups", "group_order", "part_of_the_ranks", "held_groups", "made_again", "closed")
 
 
+def both_are_told(world: World) -> None:
+    """Who sends something else than is expected hears so as well, where the suite asks it of the receiver only."""
+    if world.rank == 2:
+        return
+    group, ones = world.group("pp", (0, 1)), torch.ones(6 - 2 * world.rank)
+    mine, theirs = ("6", "4") if world.rank == 0 else ("4", "6")
+    says = rf"rank {1 - world.rank} of group pp has .*\[{theirs}\]\], and this one .*\[{mine}\]\]"
+    with pytest.raises(CommunicatorError, match=says):
+        group.send(ones, 1) if world.rank == 0 else group.receive(ones, 0)
+
+
 def test_groups_do_not_disturb_one_another() -> None:
-    assert run_ranks("cpu", {name: CHECKS[name][0] for name in GROUPS}, 3) == {}
+    checks = {name: CHECKS[name][0] for name in GROUPS}
+    assert run_ranks("cpu", {**checks, "both_are_told": both_are_told}, 3) == {}
 
 
 def test_names_are_those_of_the_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:

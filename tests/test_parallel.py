@@ -34,19 +34,20 @@ from engine import LLM, SamplingParams
 from engine.batch import Rows
 from engine.config import EngineArgs
 from engine.errors import ConfigError, EngineDeadError, RequestError, UnsupportedModelError
-from engine.extensions.parallel import messages, pipeline, tensor
+from engine.extensions.parallel import driver, messages, pipeline, replicas, tensor
 from engine.extensions.parallel import rank as rank_module
 from engine.extensions.parallel.channel import Memory, Reader, Writer
 from engine.extensions.parallel.collectives import Group, bounds
 from engine.extensions.parallel.context import ContextPlatform
 from engine.extensions.parallel.driver import Ranks
+from engine.extensions.parallel.processes import Processes
 from engine.extensions.parallel.share import RankShare
 from engine.interfaces import AttentionBackend, AttentionBatch, AttentionSpec, Capabilities, Communicator, GroupSpec
 from engine.model import adapt
 from engine.model.adapt import AdaptedModel, load_model
 from engine.plugins import load_platform
 from engine.request import CoreRequest
-from engine.step import Work
+from engine.step import StepResult, Work
 from engine_conformance.tiny_models import tiny_model
 from engine_sdk import TorchPlatform
 
@@ -636,7 +637,7 @@ def test_all_stages_work_at_once(
         return output
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", slow)
-    llm = LLM(saved("llama"), pipeline_parallel_size=4, **OPTIONS)
+    llm = LLM(saved("llama"), pipeline_parallel_size=4, **{**OPTIONS, "platform": "torch:cpu"})
     spans.clear()
     llm.generate([PROMPTS[0]] * 8, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     begin, end = min(s[0][0] for s in spans.values()), max(s[-1][1] for s in spans.values())
@@ -657,8 +658,62 @@ def test_all_stages_work_at_once(
 )
 def test_who_is_behind(width: int, read: list[int], entered: list[int], named: str) -> None:
     ranks = ThreadRanks.__new__(ThreadRanks)
-    vars(ranks).update(_size=len(read), _width=width, _timeout=1.0, _finalizer=lambda: None, _dead=None)
+    vars(ranks).update(_size=len(read), _width=width, _idle=1.0, _finalizer=lambda: None, _dead=None)
     assert f"for 1 s, and {named} is behind" in str(ranks._hung(read, entered))
+
+
+def test_who_is_stopped_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But a driver that was stopped itself, with its ranks, gives them time to go on."""
+    monkeypatch.setattr(ThreadRanks, "_stopped", lambda self: [1])
+    monkeypatch.setattr(ThreadRanks, "_progress", lambda self: ([5, 5], [7, 7]))
+    now, ranks = 1000.0, ThreadRanks.__new__(ThreadRanks)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: now))
+    vars(ranks).update(_size=2, _width=2, _timeout=300.0, _finalizer=lambda: None, _dead=None)
+    vars(ranks).update(_looked=now, _idle=0.0, _seen=([5, 5], [7, 7]))
+    for passed in (3600, *[0.5] * 28):
+        now += passed
+        ranks._look_for_progress()
+    now += 0.5
+    with pytest.raises(EngineDeadError, match=r"for 16 s, and rank 1 \(thread 1\) is stopped.*Start a new engine"):
+        ranks._look_for_progress()
+
+
+class Deaf(ThreadRanks):
+    """Ranks that read nothing, so that whoever writes to them waits."""
+
+    def __init__(self, args: EngineArgs) -> None:
+        pairs = [socket.socketpair() for _ in range(args.world_size)]
+        Ranks.__init__(self, args, [ours for ours, _ in pairs], "127.0.0.1")
+        self.theirs = [theirs for _, theirs in pairs]
+        self._finalizer = weakref.finalize(self, end, [], [], [s for pair in pairs for s in pair])
+
+    def _write(self, data: bytes) -> None:
+        while True:
+            self._look()
+
+    def _progress(self) -> tuple[list[int], list[int]]:
+        return [0, 0], [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], r"rank 1 of 2 \(thread 1\) ended"),
+        ([messages.Failed("ArithmeticError", "ArithmeticError: boom", "")], r"rank 1 of 2 .*: ArithmeticError: boom"),
+    ],
+    ids=["its end", "its exception"],
+)
+def test_what_a_rank_says_behind_a_result_is_heard_while_writing(words: list[messages.Failed], says: str) -> None:
+    ranks = Deaf(EngineArgs(pipeline_parallel_size=2, distributed_timeout_seconds=3.0))
+    said: list[messages.FromRank] = [messages.Result(StepResult([1], [None], [None])), *words]
+    for word in said:
+        messages.send(ranks.theirs[1], word)
+    if not words:
+        ranks.theirs[1].close()
+    with pytest.raises(EngineDeadError, match=says):
+        ranks.send(messages.Go())
+    with pytest.raises(EngineDeadError, match=says):  # and does not wait for what was asked for
+        ranks.answer(messages.Result)
 
 
 # Decode context parallel.
@@ -858,15 +913,35 @@ def test_two_ranks_say_what_one_says_and_one_that_is_killed_is_named(saved: Call
         generate(both)
 
 
-def test_four_ranks_with_experts_and_keys_on_several(saved: Callable[..., str]) -> None:
-    want = generate(LLM(saved("qwen3_moe"), **OPTIONS))
-    four = LLM(saved("qwen3_moe"), tensor_parallel_size=4, enable_expert_parallel=True, **OPTIONS)
-    assert generate(four) == want
-    pids = processes(four)
-    del four
+def test_a_rank_that_is_killed_while_others_are_written_to_is_named() -> None:
+    ranks = Processes(EngineArgs(tensor_parallel_size=2))
+    pids = [process.pid for process in ranks._processes]
+    os.kill(pids[1], signal.SIGSTOP)  # which reads nothing then
+    threading.Timer(0.2, os.kill, (pids[0], signal.SIGKILL)).start()
+    with pytest.raises(EngineDeadError, match=rf"rank 0 of 2 \(process {pids[0]}\) was killed by signal 9"):
+        ranks._write(bytes(5 << 20))
     wait_until_gone(pids)
 
 
+def test_four_ranks_with_experts_and_keys_on_several_end_with_their_driver(saved: Callable[..., str]) -> None:
+    code = f"""
+import json, os, signal
+from engine import LLM, SamplingParams
+llm = LLM({saved("qwen3_moe")!r}, tensor_parallel_size=4, enable_expert_parallel=True, **{OPTIONS!r})
+outputs = llm.generate({PROMPTS!r}, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+pids = [process.pid for process in llm._core.runner._ranks._processes]
+print(json.dumps([pids, [list(output.outputs[0].token_ids) for output in outputs]]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout, ended.stderr
+    pids, said = json.loads(ended.stdout)
+    assert len(pids) == 4
+    wait_until_gone(pids)
+    assert said == generate(LLM(saved("qwen3_moe"), **OPTIONS))
+
+
+@pytest.mark.usefixtures("ranks_are_threads")
 def test_replicas_share_the_work(saved: Callable[..., str]) -> None:
     want = generate(LLM(saved("qwen3"), **OPTIONS))
     two = LLM(saved("qwen3"), data_parallel_size=2, **OPTIONS)
@@ -886,6 +961,21 @@ def test_replicas_share_the_work(saved: Callable[..., str]) -> None:
     assert core._owner == {}
 
 
+def test_a_replica_that_hangs_is_seen_while_another_answers() -> None:
+    def hung() -> None:
+        raise EngineDeadError("rank 0 is behind")
+
+    (answers, theirs), (silent, other) = socket.socketpair(), socket.socketpair()
+    with answers, theirs, silent, other:
+        cores: list[Any] = [
+            SimpleNamespace(runner=SimpleNamespace(fileno=sock.fileno, watch=hung)) for sock in (answers, silent)
+        ]
+        theirs.send(b"x")
+        assert replicas._answering(cores[:1]) == cores[:1]
+        with pytest.raises(EngineDeadError, match="is behind"):
+            replicas._answering(cores)
+
+
 def test_stages_say_what_one_rank_says_and_one_that_hangs_is_named(saved: Callable[..., str]) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     alone, two = (
@@ -900,7 +990,7 @@ def test_stages_say_what_one_rank_says_and_one_that_hangs_is_named(saved: Callab
     pids = processes(two)
     os.kill(pids[1], signal.SIGSTOP)
     begin = time.monotonic()
-    with pytest.raises(EngineDeadError, match=rf"no progress for 3 s, and rank 1 \(process {pids[1]}\) is behind"):
+    with pytest.raises(EngineDeadError, match=rf"no progress for [34] s, and rank 1 \(process {pids[1]}\) is stopped"):
         generate(two)
     assert time.monotonic() - begin < 12
     wait_until_gone(pids)
@@ -925,6 +1015,9 @@ def test_a_simulated_accelerator(saved: Callable[..., str], tmp_path: Path, monk
     llm = LLM(folder, **sizes, enable_expert_parallel=True, **{**OPTIONS, "platform": "npu"})
     assert llm.info.platform == "npu"
     assert generate(llm) == want
+    pids = processes(llm)
+    del llm
+    wait_until_gone(pids)
 
 
 def distribution(folder: Path, name: str, group: str, entry: str) -> None:
@@ -933,53 +1026,6 @@ def distribution(folder: Path, name: str, group: str, entry: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[{group}]\n{entry}\n")
-
-
-BOOM = """
-import sys
-from engine.hooks import hookimpl
-
-def adapt(model, context):
-    forward = model.model.forward
-    def fail(*args, **options):
-        if options["input_ids"].shape[1] == 24 and sys.argv[1:2] == ["1"]:
-            raise ArithmeticError("boom")
-        return forward(*args, **options)
-    model.model.forward = fail
-
-@hookimpl
-def engine_models():
-    return {"LlamaForCausalLM": adapt}
-"""
-
-
-def test_an_exception_of_a_rank_comes_with_its_traceback(
-    saved: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    distribution(tmp_path, "boom", "engine.plugins", "boom = boom")
-    (tmp_path / "boom.py").write_text(BOOM)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
-    llm = LLM(saved("llama"), tensor_parallel_size=2, **OPTIONS)
-    with pytest.raises(EngineDeadError, match=r"rank 1 of 2 \(process \d+\): ArithmeticError: boom") as caught:
-        llm.generate([{"prompt_token_ids": list(range(3, 27))}], GREEDY)
-    (note,) = caught.value.__notes__
-    assert 'raise ArithmeticError("boom")' in note
-    assert note.count("Traceback") == 1
-    wait_until_gone(processes(llm))
-
-
-def test_ranks_end_with_their_driver(saved: Callable[..., str]) -> None:
-    code = f"""
-import os, signal
-from engine import LLM
-llm = LLM({saved("llama")!r}, tensor_parallel_size=2, **{OPTIONS!r})
-print(*[process.pid for process in llm._core.runner._ranks._processes], flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    pids = [int(word) for word in ended.stdout.split()]
-    assert len(pids) == 2, ended.stderr
-    wait_until_gone(pids)
 
 
 def test_what_a_rank_refuses_comes_as_it_is(saved: Callable[..., str]) -> None:

@@ -45,9 +45,12 @@ def engine_models():
 """
 
 
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a cluster of two nodes with a processor each; a plugin is installed on both, and not here."""
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of two nodes with a processor each; a plugin is installed on both, and not here."""
     from ray.cluster_utils import Cluster
 
     site = tmp_path_factory.mktemp("site")
@@ -56,16 +59,22 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: boom\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[engine.plugins]\nboom = boom\n")
     (site / "boom.py").write_text(BOOM)
-    options: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        with patch.context() as nodes:
-            nodes.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
-            found = Cluster(initialize_head=True, head_node_args=options | {"include_dashboard": False})
-            found.add_node(**options)
-        yield found.address
+        with patch.context() as theirs:
+            theirs.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
+            found = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+            found.add_node(**NODE)
+        yield found
         ray.shutdown()
         found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(nodes: Any) -> str:
+    """Of the cluster."""
+    found: str = nodes.address
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +155,8 @@ def test_replicas_on_two_nodes_and_one_that_hangs_is_named(start: Callable[..., 
     os.kill(second.pid, signal.SIGSTOP)
     begin = time.monotonic()
     with pytest.raises(
-        EngineDeadError, match=rf"for 3 s, and rank 0 \(process {second.pid} on node {second.node.id[:8]}, .* is behind"
+        EngineDeadError,
+        match=rf"for [34] s, and rank 0 \(process {second.pid} on node {second.node.id[:8]}, .* is stopped",
     ):
         generate(llm)
     assert time.monotonic() - begin < 15
@@ -154,9 +164,37 @@ def test_replicas_on_two_nodes_and_one_that_hangs_is_named(start: Callable[..., 
     nothing_is_left([first.pid, second.pid])
 
 
+def test_a_node_that_is_lost_is_named(nodes: Any, start: Callable[..., LLM], alone: list[list[int]]) -> None:
+    third = nodes.add_node(**NODE)
+    llm = start(pipeline_parallel_size=3)
+    assert generate(llm) == alone
+    pids = [seat.pid for seat in seats(llm)]
+    (lost,) = (seat for seat in seats(llm) if seat.node.id == third.node_id)
+    for pid in (third.all_processes["raylet"][0].process.pid, lost.pid):
+        os.kill(pid, signal.SIGKILL)
+    begin = time.monotonic()
+    says = rf"rank {pids.index(lost.pid)} of 3 \(process {lost.pid} on node {lost.node.id[:8]}, .*lost with its node"
+    with pytest.raises(EngineDeadError, match=says):
+        generate(llm)
+    assert time.monotonic() - begin < 10
+    nodes.remove_node(third)
+    nothing_is_left(pids)
+
+
 def test_a_cluster_with_too_few_devices_says_what_it_has(start: Callable[..., LLM]) -> None:
     with pytest.raises(ConfigError, match=r"(?s)4 ranks need .*and the cluster has 2: 1 on node \w{8}, .*ray start"):
         start(tensor_parallel_size=4)
+
+
+def test_a_process_is_in_one_cluster(address: str) -> None:
+    found = cluster.connect(address)
+    for same in (None, "auto", address):
+        assert cluster.connect(same) is found
+    for other in ("local", "127.0.0.1:1"):
+        with pytest.raises(
+            ConfigError, match=rf"has joined Ray's cluster at {address}, and ray_address asks .*{other}"
+        ):
+            cluster.connect(other)
 
 
 def test_devices_that_are_in_use_are_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +242,7 @@ class Cluster:
         self.bundles: list[dict[str, int]] = []
 
     def nodes(self) -> list[dict[str, Any]]:
-        kept = ("NodeID", "NodeManagerHostname", "NodeManagerAddress")
+        kept = ("NodeID", "NodeManagerHostname", "NodeManagerAddress", "NodeManagerPort")
         return [
             dict.fromkeys(kept, f"n{i}") | {"Alive": True, "Resources": {"CHIP": count}}
             for i, count in enumerate(self._counts)
@@ -227,8 +265,14 @@ class Cluster:
     ],
 )
 def test_a_stage_is_on_one_node_where_one_is_large_enough(
-    counts: tuple[int, ...], width: int, stages: int, bundles: list[int], places: list[int]
+    counts: tuple[int, ...],
+    width: int,
+    stages: int,
+    bundles: list[int],
+    places: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cluster.Node, "answers", lambda self: True)
     found = Cluster(*counts)
     args = EngineArgs(tensor_parallel_size=width, pipeline_parallel_size=stages)
     assert cluster.place(found, args, "CHIP").bundles == places
@@ -315,7 +359,7 @@ def test_a_driver_that_waits_hears_why_nobody_comes() -> None:
 def test_a_rank_that_does_not_answer_is_stopped() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        pulse = Pulse(ours, 1.0)
+        pulse = Pulse(ours, 0.1)
         assert pulse.counters() == (0, 0)
         assert not pulse.stopped()
         until(pulse.stopped)

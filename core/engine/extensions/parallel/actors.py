@@ -65,11 +65,12 @@ class Actors(Ranks):
         host = ray.util.get_node_ip_address()
         places = cluster.place(ray, args, resource)
         actors: list[Any] = []
+        self._seats: list[_Seat] = []
         self._refs: list[Any] = []
         sockets: list[socket.socket] = []
-        self._finalizer = weakref.finalize(self, _end, ray, places.group, actors, self._refs, sockets)
+        self._finalizer = weakref.finalize(self, _end, ray, places.group, actors, self._seats, self._refs, sockets)
         try:
-            self._seats = self._start(places, actors, resource)
+            self._seats += self._start(places, actors, resource)
             numbered = all(seat.ids for seat in self._seats) or not platform.probe().accelerator
             if args.data_parallel_size > 1 and not numbered:
                 raise ConfigError(
@@ -167,14 +168,17 @@ class Actors(Ranks):
         return f"process {self._seats[rank].pid} on {self._seats[rank].node}"
 
     def _how(self, rank: int) -> str:
-        exceptions = self._ray.exceptions
-        try:
-            self._ray.get(self._refs[rank], timeout=5)
-        except exceptions.GetTimeoutError:
-            return "closed its connection"
-        except exceptions.RayError as error:
-            return f"has ended: {_reason(error)}"
-        return "has ended"
+        exceptions, node = self._ray.exceptions, self._seats[rank].node
+        end = time.monotonic() + 5
+        while node.answers() and time.monotonic() < end:
+            try:
+                self._ray.get(self._refs[rank], timeout=TICK)
+            except exceptions.GetTimeoutError:
+                continue
+            except exceptions.RayError as error:
+                return f"has ended: {_reason(error)}"
+            return "has ended"
+        return "closed its connection" if node.answers() else "was lost with its node, where Ray does not answer"
 
     def _kill(self) -> None:
         self._finalizer()
@@ -186,14 +190,23 @@ def _reason(error: Exception) -> str:
     return (lines or [type(error).__name__])[-1].partition(" Some common causes")[0].rstrip(".")
 
 
-def _end(ray: Any, group: Any, actors: Sequence[Any], refs: Sequence[Any], sockets: Sequence[socket.socket]) -> None:
+def _end(
+    ray: Any,
+    group: Any,
+    actors: Sequence[Any],
+    seats: Sequence[_Seat],
+    refs: Sequence[Any],
+    sockets: Sequence[socket.socket],
+) -> None:
     """End the processes and wait for that, so that Ray does not report their death, and give their places back."""
     try:
         if ray.is_initialized():
             with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
                 for actor in actors:
                     ray.kill(actor)
-                ray.wait(list(refs), num_returns=len(refs), timeout=_END) if refs else None
+                there = {seat.node.id for seat in seats if seat.node.answers()}
+                ours = [ref for seat, ref in zip(seats, refs, strict=False) if seat.node.id in there]
+                ray.wait(ours, num_returns=len(ours), timeout=_END) if ours else None
                 ray.util.remove_placement_group(group)
     finally:
         for sock in sockets:

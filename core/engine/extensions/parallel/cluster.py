@@ -28,20 +28,34 @@ log = logging.getLogger(__name__)
 _FREE = 30.0
 """Seconds to wait for devices that the cluster has, and that are in use."""
 
+_NODE = ("NodeID", "NodeManagerHostname", "NodeManagerAddress", "NodeManagerPort", "Resources")
+
 _connecting = threading.Lock()
+
+_led: dict[str | None, str] = {}
+"""By what was asked for, the address of the cluster that this process has joined for it."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, with what Ray counts on it."""
+    """A machine of the cluster, with the port where Ray answers there, and what Ray counts on it."""
 
     id: str
     host: str
     address: str
+    port: int
     resources: Mapping[str, float]
 
     def __str__(self) -> str:
         return f"node {self.id[:8]}, {self.host} at {self.address}"
+
+    def answers(self) -> bool:
+        """Whether Ray is there, which its cluster itself takes a quarter of a minute to doubt."""
+        try:
+            socket.create_connection((self.address, self.port), timeout=2).close()
+        except OSError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ class Places:
 def connect(address: str | None) -> Any:
     """Ray's module, connected: as this process is already, or to `address`, ``RAY_ADDRESS``, a cluster on this machine.
 
-    Where there is none, one is started, which ends with this process.
+    Where there is none, one is started, which ends with this process. Raises `ConfigError` where this process is in
+    another cluster than that at `address`.
     """
     try:
         import ray
@@ -69,7 +84,7 @@ def connect(address: str | None) -> Any:
             'distributed_executor_backend "ray" needs Ray, which is not installed; on each node: '
             'pip install "engine[ray]"'
         ) from error
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    asked, address = address, address or os.environ.get("RAY_ADDRESS") or None
     if address and "://" in address:
         raise ConfigError(
             f"ray_address {address!r} is that of Ray's client, whose process the ranks cannot reach; start the engine "
@@ -83,6 +98,13 @@ def connect(address: str | None) -> Any:
             finally:
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, handler)  # Ray sets one of its own
+            _led[asked] = ray.get_runtime_context().gcs_address
+        here = ray.get_runtime_context().gcs_address
+        if asked not in (None, "auto", here) and _led.get(asked) != here:
+            raise ConfigError(
+                f"this process has joined Ray's cluster at {here}, and ray_address asks for {asked!r}\nremedy: leave "
+                "ray_address out to use that cluster, or call ray.shutdown() before"
+            )
     return ray
 
 
@@ -112,12 +134,9 @@ def _init(ray: Any, address: str | None) -> None:
 
 
 def alive(ray: Any) -> list[Node]:
-    """The nodes of the cluster."""
-    return [
-        Node(node["NodeID"], node["NodeManagerHostname"], node["NodeManagerAddress"], node["Resources"])
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    """The nodes of the cluster, without those that were lost of late."""
+    nodes = [Node(*(node[key] for key in _NODE)) for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if node.answers()]
 
 
 def platform_class(name: str | None) -> tuple[str, type[Platform]]:

@@ -3,9 +3,9 @@
     driver --- steps ---> every rank
            <-- results of one rank, and the last words of any, through a socket each
 
-A rank that ends, in whatever way, is seen at once; one that hangs is seen when no rank has entered a collective for
-`distributed_timeout_seconds`, and is the one that has entered the fewest. Then all ranks are ended, and the error names
-it. The ranks end with the driver, whatever becomes of it.
+A rank that ends, in whatever way, is seen at once. One that hangs is seen when no rank has entered a collective for
+`distributed_timeout_seconds`, and is the one that has entered the fewest; one that is stopped, sooner. Then all ranks
+are ended, and the error names it. The ranks end with the driver, whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ M = TypeVar("M", bound=FromRank)
 
 TICK = 0.5
 """Seconds between two looks at the ranks' progress."""
+
+_STILL = 15.0
+"""Seconds without progress after which a rank that does nothing at all is no longer waited for."""
 
 _LAST_WORDS = 1.0
 """Seconds that ranks have to say what else went wrong, since the first to speak may only be the first to notice."""
@@ -163,8 +166,8 @@ class Ranks(ABC):
         for sock in self._sockets:
             self._poll.register(sock, select.POLLIN)
         self._dead: EngineError | None = None
-        self._seen: object = None
-        self._since = 0.0
+        self._seen: tuple[list[int], list[int]] = ([], [])
+        self._idle = self._looked = 0.0
 
     @abstractmethod
     def _write(self, data: bytes) -> None:
@@ -194,7 +197,7 @@ class Ranks(ABC):
         """To all ranks."""
         if self._dead is not None:
             raise self._dead
-        self._since = time.monotonic()  # idle time is no lack of progress
+        self._idle, self._looked = 0.0, time.monotonic()  # while nothing runs, nothing has to move
         self._write(messages.pack(message))
 
     def answer(self, kind: type[M]) -> M:
@@ -240,22 +243,29 @@ class Ranks(ABC):
         return self._sockets[self._speaker].fileno()
 
     def _look_for_progress(self) -> None:
-        now = self._progress()
-        if now != self._seen:
-            self._seen, self._since = now, time.monotonic()
-        elif time.monotonic() - self._since > self._timeout:
-            raise self._hung(*now)
+        now = time.monotonic()
+        if (passed := now - self._looked) < TICK:
+            return
+        self._looked, before, self._seen = now, self._seen, self._progress()
+        if self._seen != before:
+            self._idle = 0.0
+            return
+        self._idle += min(passed, 2 * TICK)  # more than that: this process itself was stopped, or did something else
+        if self._idle > self._timeout or (self._idle > _STILL and self._stopped()):
+            raise self._hung(*self._seen)
 
     def _speaking(self, seconds: float) -> list[int]:
-        """Ranks whose sockets have something to read, their end included."""
+        """Ranks whose sockets have something to read, their end included; raises once all were ended."""
+        if self._dead is not None:
+            raise self._dead
         ready = {fd for fd, _ in self._poll.poll(1000 * seconds)}
         return [rank for rank, sock in enumerate(self._sockets) if sock.fileno() in ready]
 
     def _look(self) -> None:
         """Raise where a rank is gone or has failed, or none makes progress, while none can be told more."""
         for rank in self._speaking(0):
-            if rank != self._speaker or messages.ended(self._sockets[rank]):  # see `watch`
-                raise self._fail({rank: messages.receive(self._sockets[rank])}, loading=False)
+            if messages.ended(self._sockets[rank]):  # behind results, perhaps, that were not asked for yet
+                raise self._fail({rank: messages.last(self._sockets[rank])}, loading=False)
         self._look_for_progress()
 
     def _fail(self, words: dict[int, FromRank | None], *, loading: bool) -> EngineError:
@@ -290,11 +300,13 @@ class Ranks(ABC):
         stages = [range(first, first + self._width) for first in range(0, self._size, self._width)]
         stage = min(stages, key=lambda ranks: min(read[rank] for rank in ranks))
         behind = [rank for rank in stage if entered[rank] < max(entered[r] for r in stage)]
-        behind = self._stopped() or behind or (list(stage) if len(stages) > 1 else [])
+        stopped = self._stopped()
+        behind = stopped or behind or (list(stage) if len(stages) > 1 else [])
         names = ", ".join(f"rank {rank} ({self._where(rank)})" for rank in behind) or "no rank more than others"
         error = EngineDeadError(
-            f"the {self._size} ranks made no progress for {self._timeout:g} s, and {names} is behind; all were "
-            "ended, and running requests are lost. If a step may take that long, raise distributed_timeout_seconds"
+            f"the {self._size} ranks made no progress for {self._idle:.0f} s, and {names} is "
+            f"{'stopped' if stopped else 'behind'}; all were ended, and running requests are lost. "
+            + ("Start a new engine" if stopped else "If a step may take that long, raise distributed_timeout_seconds")
         )
         self._dead = error
         self.end()

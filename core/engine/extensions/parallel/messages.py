@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from typing import Any
@@ -101,6 +102,8 @@ def unpack(data: bytes) -> ToRank:
 def send(sock: socket.socket, message: FromRank) -> None:
     """A rank's message to the driver."""
     sock.sendall(frame(msgspec.msgpack.encode(message)))
+    if isinstance(message, Failed):
+        sock.shutdown(socket.SHUT_WR)  # see `ended`
 
 
 def receive(sock: socket.socket) -> FromRank | None:
@@ -142,11 +145,10 @@ def read(sock: socket.socket, size: int) -> bytes | None:
 
 
 def ended(sock: socket.socket) -> bool:
-    """Whether the other end is gone; waits until something can be read."""
-    try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except OSError:
-        return True
+    """Whether the other end is gone or has failed, even where what it said before was not read yet."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def encode_group(group: KVGroup) -> tuple[str, dict[str, int], tuple[str, ...]]:

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol, cast
@@ -67,7 +68,8 @@ class LocalLine:
         self._memory.entered[self.rank] += 1
 
     def _end_with_driver(self) -> None:
-        self._sock.recv(1)  # the driver never writes here
+        with suppress(OSError):  # an error where the driver has not read all
+            self._sock.recv(1)  # it never writes here
         os._exit(0)
 
 
@@ -87,7 +89,8 @@ def serve(line: Line, device: Callable[[EngineArgs], int]) -> None:
         _run(line, device)
     except Exception as error:
         text = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-        line.send(messages.Failed(type(error).__name__, text, traceback.format_exc()))
+        with suppress(OSError):  # the driver is gone, which ends this process too
+            line.send(messages.Failed(type(error).__name__, text, traceback.format_exc()))
     threading.Event().wait()  # the driver says when to end: a process that ends makes others fail, and hide the cause
 
 

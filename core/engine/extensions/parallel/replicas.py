@@ -149,18 +149,16 @@ def _launch(core: EngineCore) -> bool:
 
 def _answering(cores: list[EngineCore]) -> list[EngineCore]:
     """Those whose oldest step is done, of which there is one at least; none only if there are no cores."""
-    by_fd: dict[int, EngineCore] = {}
-    runners = [_ranks(core) for core in cores]
+    by_fd = {_ranks(core).fileno(): core for core in cores}
     poll = select.poll()
-    for core, runner in zip(cores, runners, strict=True):
-        by_fd[runner.fileno()] = core
-        poll.register(runner.fileno(), select.POLLIN)
-    while cores:
-        if ready := poll.poll(1000 * TICK):
-            return [by_fd[fd] for fd, _ in ready]
-        for runner in runners:
-            runner.watch()
-    return []
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    ready: set[int] = set()
+    while cores and not ready:
+        ready = {fd for fd, _ in poll.poll(1000 * TICK)}
+        for fd in by_fd.keys() - ready:  # also while others answer, who may do so for ever
+            _ranks(by_fd[fd]).watch()
+    return [by_fd[fd] for fd in by_fd if fd in ready]
 
 
 def _sum(infos: list[EngineInfo]) -> EngineInfo:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -148,9 +149,10 @@ class _Inbox:
         threading.Thread(target=self._read, daemon=True, name="inbox").start()
 
     def _read(self) -> None:
-        while len(head := self._file.read(LENGTH.size)) == LENGTH.size:
-            (size,) = LENGTH.unpack(head)
-            self._queue.put(self._decode(self._file.read(size)))
+        with suppress(OSError):  # an error where the parent has not read all
+            while len(head := self._file.read(LENGTH.size)) == LENGTH.size:
+                (size,) = LENGTH.unpack(head)
+                self._queue.put(self._decode(self._file.read(size)))
         os._exit(0)
 
     def put(self, message: _Prepared) -> None:
