@@ -1,87 +1,196 @@
-"""The CPU platform's attention beside plain torch's over the same batch, both with the writes into the cache.
+"""The CPU platform's attention beside vLLM's and plain torch's over the same batches, with the writes into the cache.
 
-    python bench/cpu_attention.py --flags="-mno-amx-bf16 -mno-amx-tile"
+    python bench/cpu_attention.py --vllm VLLM/bin/python --flags="-mno-amx-bf16 -mno-amx-tile"
 
-One thread, processor time, best of many calls. `--flags` builds the kernels for a processor with less.
+Caches of several layers take turns, so that none is in the processor's when it is read. A call counts as long as the
+best of its layer takes, and of layers the median: in processor time with one thread, which says something on a busy
+machine too, and in wall time with several. Each contestant is a process of its own; the peer is named by the Python of
+an environment that has it. `--flags` builds the kernels for a processor with less.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
 import math
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-
-from engine_cpu import CpuPlatform, native
-from engine_cpu.attention import CpuAttention
-from engine_sdk import AttentionBatch, AttentionSpec, TorchAttention
+from torch import Tensor
 
 HEADS, KV_HEADS, SIZE, BLOCK = 16, 8, 128, 32
 SHAPES = [
     (1, 512, 1),
-    (1, 2048, 1),
-    (8, 512, 1),
+    (1, 4096, 1),
+    (8, 144, 1),
+    (16, 144, 1),
+    (16, 528, 1),
     (8, 2048, 1),
-    (32, 512, 1),
+    (1, 128, 128),
+    (8, 128, 128),
     (1, 1024, 1024),
     (1, 2048, 1024),
-    (8, 128, 128),
+    (1, 4096, 4096),
 ]
 """Requests, their length, and how many of these tokens are new."""
 
+TURNS = 200 << 20
+"""Bytes of caches that take turns."""
 
-def batch(num: int, length: int, new: int) -> AttentionBatch:
-    width = -(-length // BLOCK)
-    table = (torch.randperm(num * width) + 1).view(num, width).int()
-    at = torch.arange(length - new, length)
-    slots = (table[:, at // BLOCK].long() * BLOCK + at % BLOCK).flatten()
-    starts, lengths = torch.arange(0, (num + 1) * new, new).int(), torch.full((num,), length).int()
-    return AttentionBatch(starts, lengths, table, slots, starts, lengths, num if new == 1 else 0, new, length, BLOCK)
+Layers = Sequence[Callable[[], object]]
 
 
-def seconds(call: Callable[[], None], budget: float = 0.5) -> float:
-    call()
-    best, end = math.inf, time.perf_counter() + budget
+class Shape:
+    """Requests of equal length, in blocks of `block` tokens that lie anywhere."""
+
+    def __init__(self, num: int, length: int, new: int, block: int) -> None:
+        draw, width = torch.Generator().manual_seed(0), -(-length // block)
+        self.num, self.length, self.new, self.block, self.blocks = num, length, new, block, num * width + 1
+        self.table = (torch.randperm(num * width, generator=draw) + 1).view(num, width).int()
+        at = torch.arange(length - new, length)
+        self.slots = (self.table[:, at // block].long() * block + at % block).flatten()
+        self.starts, self.lengths = torch.arange(0, (num + 1) * new, new).int(), torch.full((num,), length).int()
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        """Queries, keys and values as a product of all three leaves them."""
+        fused = torch.randn(self.num * self.new, HEADS + 2 * KV_HEADS, SIZE).to(dtype)
+        return list(fused.split((HEADS, KV_HEADS, KV_HEADS), 1))
+
+    def layers(self) -> int:
+        return max(1, TURNS // (self.blocks * self.block * KV_HEADS * SIZE * 4))
+
+
+def engine(num: int, length: int, new: int, args: argparse.Namespace) -> Layers:
+    import ctypes
+
+    from engine_cpu import CpuPlatform, native
+    from engine_cpu.attention import CpuAttention
+    from engine_sdk import AttentionBatch, AttentionSpec, TorchAttention
+
+    shape, dtype = Shape(num, length, new, BLOCK), getattr(torch, args.dtype)
+    decodes = num if new == 1 else 0
+    step = AttentionBatch(
+        *(shape.starts, shape.lengths, shape.table, shape.slots, shape.starts, shape.lengths),
+        *(decodes, new, length, BLOCK),
+    )
+    spec = AttentionSpec(HEADS, KV_HEADS, SIZE, SIZE, SIZE**-0.5, dtype, dtype)
+    if args.run == "torch":
+        backend: Any = TorchAttention(spec)
+    else:
+        kernels = ctypes.CDLL(str(native.build(args.flags.split(), Path(args.folder))))
+        backend = CpuAttention(spec, kernels, CpuPlatform().capabilities())
+    layout, plan, (q, k, v) = backend.layout(BLOCK), backend.plan(step), shape.inputs(dtype)
+    out = torch.empty(q.shape, dtype=dtype)
+
+    def layer() -> Callable[[], object]:
+        storage = torch.full((shape.blocks * layout.block_bytes,), 60, dtype=torch.uint8)
+        cache = layout.bind(storage, shape.blocks)
+        return lambda: backend.forward(q, k, v, cache, plan, out)
+
+    return [layer() for _ in range(shape.layers())]
+
+
+def vllm(num: int, length: int, new: int, args: argparse.Namespace) -> Layers:
+    """Through the operations that its backend calls, see ``vllm/v1/attention/backends/cpu_attn.py``."""
+    import importlib.util
+
+    if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
+        found = importlib.util.find_spec("vllm")
+        assert found is not None
+        assert found.origin is not None
+        torch.ops.load_library(str(Path(found.origin).with_name("_C.abi3.so")))
+        torch.cpu._init_amx()  # as vLLM does: tiles are asked for
+    ops, dtype = torch.ops._C, getattr(torch, args.dtype)
+    shape = Shape(num, length, new, 128)  # its default
+    q, k, v = shape.inputs(dtype)
+    out, isa = torch.empty(q.shape, dtype=dtype), "amx" if dtype == torch.bfloat16 else "vec"
+    starts, lengths, table = shape.starts, shape.lengths, shape.table
+    plan = ops.get_scheduler_metadata(
+        *(num, HEADS, KV_HEADS, SIZE, lengths, dtype, starts, True, -1, isa, True, None, "auto")
+    )
+
+    def layer() -> Callable[[], object]:
+        cache = torch.full((shape.blocks, KV_HEADS, 2 * shape.block, SIZE), 0.01, dtype=dtype)
+        keys, values = cache.chunk(2, dim=2)
+
+        def forward() -> None:
+            ops.cpu_attn_reshape_and_cache(k, v, keys, values, shape.slots, isa, 1.0, 1.0, "auto")
+            ops.cpu_attention_with_kv_cache(
+                *(q, keys, values, out, starts, lengths, SIZE**-0.5, True, None, -1, table, 0.0, plan, None, None),
+                *(1.0, 1.0, "auto"),
+            )
+
+        return forward
+
+    return [layer() for _ in range(shape.layers())]
+
+
+CONTESTANTS: dict[str, Callable[[int, int, int, argparse.Namespace], Layers]]
+CONTESTANTS = {"engine": engine, "torch": engine, "vllm": vllm}
+
+
+def seconds(layers: Layers, budget: float) -> float:
+    """Of one call: the best of each layer, and the median of these."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    best, end = [math.inf] * len(layers), time.perf_counter() + budget
     while time.perf_counter() < end:
-        begin = time.process_time()
-        call()
-        best = min(best, time.process_time() - begin)
-    return best
+        for i, layer in enumerate(layers):
+            begin = clock()
+            layer()
+            best[i] = min(best[i], clock() - begin)
+    return statistics.median(best)
+
+
+def measure(name: str, python: str, argv: Sequence[str]) -> list[float]:
+    done = subprocess.run([python, __file__, *argv, "--run", name], check=True, stdout=subprocess.PIPE, text=True)
+    return [float(x) for x in json.loads(done.stdout.splitlines()[-1])]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM")
+    parser.add_argument("--torch", action="store_true", help="the SDK's attention, in plain torch")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, shape)) for shape in SHAPES])
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds a shape")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--flags", default="", help="of the compiler, after ours")
+    parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    kernels = ctypes.CDLL(str(native.build(args.flags.split(), Path(tempfile.mkdtemp()))))
-    print(
-        f"{'dtype':<10}{'requests':>9}{'length':>7}{'new':>6}{'ms':>9}{'torch':>9}{'ratio':>7}{'GB/s':>7}{'GFLOP/s':>9}"
-    )
-    for dtype in (torch.bfloat16, torch.float32):
-        spec = AttentionSpec(HEADS, KV_HEADS, SIZE, SIZE, SIZE**-0.5, dtype, dtype)
-        for num, length, new in SHAPES:
-            step = batch(num, length, new)
-            q, k, v = (torch.randn(num * new, heads, SIZE).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
-            took = []
-            for backend in (CpuAttention(spec, kernels, CpuPlatform().capabilities()), TorchAttention(spec)):
-                layout = backend.layout(BLOCK)
-                blocks = int(step.block_table.max()) + 1
-                cache = layout.bind(torch.zeros(blocks * layout.block_bytes, dtype=torch.uint8), blocks)
-                out, plan = torch.empty_like(q), backend.plan(step)
-                took.append(seconds(lambda: backend.forward(q, k, v, cache, plan, out)))  # noqa: B023
-            moved = 2 * num * length * KV_HEADS * SIZE * dtype.itemsize
-            work = 4 * num * HEADS * SIZE * (length * new - new * (new - 1) / 2)
-            print(
-                f"{str(dtype)[6:]:<10}{num:9}{length:7}{new:6}{took[0] * 1e3:9.3f}{took[1] * 1e3:9.3f}"
-                f"{took[1] / took[0]:7.2f}{moved / took[0] / 1e9:7.1f}{work / took[0] / 1e9:9.0f}",
-                flush=True,
-            )
+    torch.set_num_threads(args.threads)
+    shapes = [(int(num), int(length), int(new)) for num, length, new in (shape.split(",") for shape in args.shapes)]
+    if args.run:
+        print(json.dumps([seconds(CONTESTANTS[args.run](*shape, args), args.budget) for shape in shapes]))
+        return
+    took = {}
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*sys.argv[1:], "--folder", folder]
+        for name, python in (
+            ("engine", sys.executable),
+            ("vllm", args.vllm),
+            ("torch", sys.executable if args.torch else None),
+        ):
+            if python:
+                took[name] = measure(name, python, argv)
+    print(f"{'requests':>8}{'length':>7}{'new':>6}", *(f"{name:>9}" for name in took), f"{'GB/s':>7}{'GFLOP/s':>9}")
+    for i, (num, length, new) in enumerate(shapes):
+        us = [times[i] * 1e6 for times in took.values()]
+        moved = 2 * num * length * KV_HEADS * SIZE * getattr(torch, args.dtype).itemsize
+        work = 4 * num * HEADS * SIZE * (length * new - new * (new - 1) / 2)
+        print(
+            f"{num:8}{length:7}{new:6}",
+            *(f"{x:9.0f}" for x in us),
+            f"{moved / us[0] / 1e3:7.1f}{work / us[0] / 1e3:9.0f}",
+            *(f"{x / us[0]:6.2f}x" for x in us[1:]),
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python bench/cpu_linear.py --rows 1 8 16 512 --flags="-mno-amx-bf16 -mno-amx-tile"
 
-Weights take turns, so that none is in a cache when it is read. Best of many rounds, with torch's threads. `--flags`
-builds the kernels for a processor with less; ``ONEDNN_MAX_CPU_ISA`` does the same for oneDNN.
+Weights take turns, more than a shared cache of hundreds of MB holds, so that they come from memory as in a model. Best
+of many rounds, with torch's threads. `--flags` builds the kernels for a processor with less; ``ONEDNN_MAX_CPU_ISA``
+does the same for oneDNN.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHAPES = {
 }
 """Outputs and inputs, of Qwen3-0.6B."""
 
-TURNS = 200 << 20
+TURNS = 1 << 30
 """Bytes of weights that take turns."""
 
 

@@ -23,12 +23,13 @@ from engine_conformance.arena import Arena, bind, check, prepare, request_output
 from engine_conformance.cases import Case, Row
 from engine_cpu import CpuPlatform, native, swaps, threads
 from engine_cpu.attention import CpuAttention
+from engine_cpu.linear import Packed as LinearPacked
 from engine_cpu.linear import PackedLinear
 from engine_cpu.operations import Operations
 from engine_cpu.quantised import CpuQuantized
 from engine_cpu.quantised import Packed as CpuPacked
 from engine_mutation.host import HostPlatform
-from engine_sdk import REFERENCE_OPS, AttentionSpec, QuantScheme, QuantWeight, TorchAttention
+from engine_sdk import REFERENCE_OPS, AttentionSpec, Norm, QuantScheme, QuantWeight, TorchAttention
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler"
@@ -65,6 +66,7 @@ def cases() -> list[Case]:
         {"alibi": True},
         {"causal": False},
         {"causal": False, "window": 40},
+        {"causal": False, "window": 2**31 - 1},
         {"causal": False, "relative": 20},
     ):
         found.append(Case(spec(**change), 32, ROWS, mode="sharp", memory="fused", lse=True))
@@ -105,14 +107,31 @@ def check_products(kernels: ctypes.CDLL) -> None:
             for rows in (0, 1, 2, 15, 16, 17, 31, 32, 33, 49, 65):
                 guarded = torch.full((rows + 2, outputs), 7.0).bfloat16()
                 last, out = x[-1 - rows : -1], guarded[1 : rows + 1]
-                method.multiply(last, packed.product, out)
+                method.multiply(last, packed, out=out)
                 assert torch.equal(out, whole[66 - rows :]), (outputs, width, rows)
                 assert bool((guarded[[0, -1]] == 7).all()), (outputs, width, rows)
+                check_surroundings(method, Operations(kernels), last, packed)
             ids = torch.randint(outputs, (2, 9), generator=draw)
             assert torch.equal(method.look_up(ids, packed), weight[ids])
             for beyond in (-1, outputs):
                 with pytest.raises(IndexError, match=r"token ids beyond the embedding.s .* rows: 1"):
                     method.look_up(torch.tensor([0, beyond]), packed)
+
+
+def check_surroundings(method: PackedLinear, operations: Operations, x: Tensor, packed: LinearPacked) -> None:
+    """What is done on the way has the bits of separate operations: a norm before, a sum after, a feed-forward layer."""
+    draw = torch.Generator().manual_seed(1)
+    width, eps = x.shape[-1], 0.25
+    norm = Norm(torch.rand(width, generator=draw).bfloat16(), eps)
+    normed = operations.rms_norm(x, norm.weight, eps) if x.numel() else x
+    assert torch.equal(method.multiply(x, packed, norm=norm), method.multiply(normed, packed))
+    added = torch.randn(len(x), packed.rows, generator=draw).bfloat16()
+    assert torch.equal(method.multiply(x, packed, added=added), added + method.multiply(x, packed))
+    if packed.gates:
+        weight, bias = torch.randn(width, packed.rows // 2, generator=draw).bfloat16(), added.new_ones(width)
+        down = method.pack(weight, bias)
+        inner = operations.silu_and_mul(*method.multiply(normed, packed).chunk(2, -1))
+        assert torch.equal(method.feed_forward(x, norm, packed, down), x + method.multiply(inner, down))
 
 
 def check_quantised(kernels: ctypes.CDLL) -> None:
@@ -153,33 +172,32 @@ def check_quantised(kernels: ctypes.CDLL) -> None:
                 assert bool((guarded[[0, -1]] == 7).all()), (bits, outputs, dtype, rows)
 
 
+def check_all(kernels: ctypes.CDLL) -> None:
+    """All kernels of a build are right; ``tests/aarch64`` has this done on another processor."""
+    platform = BuiltPlatform()
+    platform.kernels = kernels
+    for case in cases():
+        check(platform, platform.attention(case.spec), case)
+    check_products(kernels)
+    check_quantised(kernels)
+    check_operations(Operations(kernels))
+    check_heads(Operations(kernels))
+
+
 @needs_compiler
 @pytest.mark.parametrize("flags", ["", "-mno-amx-bf16 -mno-amx-tile", "-mno-avx512f", "-march=x86-64"])
 def test_every_instruction_set_agrees_with_the_reference(flags: str, tmp_path: Path) -> None:
     if flags and os.uname().machine != "x86_64":
         pytest.skip("the flags are those of another processor")
-    platform = BuiltPlatform()
-    platform.kernels = ctypes.CDLL(str(native.build(["-O1", *flags.split()], tmp_path)))
-    for case in cases():
-        check(platform, platform.attention(case.spec), case)
-    check_products(platform.kernels)
-    check_quantised(platform.kernels)
-    check_operations(Operations(platform.kernels))
+    check_all(ctypes.CDLL(str(native.build(["-O1", *flags.split()], tmp_path))))
 
 
 SANITIZED = """
 import sys
 sys.path[:0] = [sys.argv[2]]
 import ctypes
-from test_cpu import BuiltPlatform, Operations, cases, check_operations, check_products, check_quantised
-from engine_conformance.arena import check
-platform = BuiltPlatform()
-platform.kernels = ctypes.CDLL(sys.argv[1])
-for case in cases():
-    check(platform, platform.attention(case.spec), case)
-check_products(platform.kernels)
-check_quantised(platform.kernels)
-check_operations(Operations(platform.kernels))
+from test_cpu import check_all
+check_all(ctypes.CDLL(sys.argv[1]))
 print("all is well")
 """
 
@@ -337,6 +355,25 @@ def check_operations(operations: Operations) -> None:
             torch.testing.assert_close(got, want, rtol=close["rtol"], atol=4 * torch.finfo(dtype).eps)
 
 
+def check_heads(operations: Operations) -> None:
+    """Heads are normed and turned in place, as separate operations would; values stay."""
+    for dtype, width in zip(DTYPES, (72, 64, 6), strict=True):
+        draw = torch.Generator().manual_seed(0)
+        x = torch.randn(7, 5 + 2 * 2, width, generator=draw).to(dtype)
+        cos, sin = torch.randn(2, 1, 7, width, generator=draw).to(dtype)
+        norms = Norm(torch.rand(width).to(dtype), 0.1), Norm(torch.rand(width).to(dtype), 0.5)
+        for some in (None, norms):
+            q, k, v = x.split((5, 2, 2), 1)
+            if some is not None:
+                q, k = (operations.rms_norm(t, n.weight, n.eps) for t, n in zip((q, k), some, strict=True))
+            q, k = operations.rotary(q[None].transpose(1, 2), k[None].transpose(1, 2), cos, sin)
+            got = x.clone()
+            operations.heads(5, 2, width, some)(got, cos, sin)
+            assert torch.equal(got, torch.cat((q[0].transpose(0, 1), k[0].transpose(0, 1), v), 1)), (dtype, some)
+        with pytest.raises(ValueError, match="are turned by angles"):
+            operations.heads(5, 2, width, None)(x.clone(), cos[..., :2], sin[..., :2])
+
+
 def rotated(*inputs: Tensor) -> list[Tensor]:
     """The reference, rounded once."""
     return [x.to(inputs[0].dtype) for x in REFERENCE_OPS.rotary(*(x.double() for x in inputs))]
@@ -344,6 +381,7 @@ def rotated(*inputs: Tensor) -> list[Tensor]:
 
 def test_operations_agree_with_the_references(operations: Operations) -> None:
     check_operations(operations)
+    check_heads(operations)
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
@@ -481,14 +519,36 @@ def test_hardware_threads_of_a_core_count_once(tmp_path: Path) -> None:
     assert threads.usable_cores({0, 2}, tmp_path) == 1
 
 
+@pytest.mark.parametrize(("asked", "ranks"), [(1000, ""), (3, "2")])
 def test_more_threads_than_processors_are_warned_of_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    asked: int, ranks: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(asked))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked)
+    monkeypatch.setattr(threads, "available_processors", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(threads, "quota", lambda root=None: math.inf)
     threads.choose.cache_clear()
     try:
         CpuPlatform(), CpuPlatform()
     finally:
         threads.choose.cache_clear()
     assert ["set OMP_NUM_THREADS=" in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "usable_cores", lambda processors: 4)
+    monkeypatch.setattr(threads, "available_processors", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(threads, "quota", lambda root=None: math.inf)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for ranks in ("", "2", "3", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        threads.choose.__wrapped__()
+    assert chosen == [2, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    threads.choose.__wrapped__()
+    assert not caplog.records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from engine.config import EngineArgs
 from engine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from engine.extensions.checkpoints import plan as loading
-from engine.extensions.checkpoints.files import Entry, read_index
+from engine.extensions.checkpoints.files import Entry, is_remote, read_index
 from engine.model.adapt import AdaptedModel, build, load_model
 from engine.model.config import eos_token_ids, generation_defaults, max_model_len, read_config
+from engine.model.load import Cut, allocate, frozen
 from engine_conformance.tiny_models import tiny_config, tiny_model
+from engine_cpu import CpuPlatform, native
 from engine_mutation.host import HostPlatform
 
 
@@ -68,7 +71,10 @@ def assert_loaded_alike(model: PreTrainedModel, reference: PreTrainedModel) -> N
 @pytest.mark.parametrize(
     "name", ["llama", "gemma2", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "falcon", "bart", "olmoe"]
 )
-def test_weights_and_buffers_are_those_that_transformers_loads(name: str, tmp_path: Path) -> None:
+def test_weights_and_buffers_are_those_that_transformers_loads(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_LEAST_MAPPED", 1)  # so that whatever can be used in place is
     save(name, tmp_path)
     assert_loaded_alike(load(tmp_path).model, by_transformers(tmp_path))
 
@@ -181,6 +187,124 @@ def test_dummy_weights_need_no_files_and_follow_the_seed(tmp_path: Path) -> None
     logits = first.forward(torch.arange(9), torch.arange(9), torch.arange(9))
     assert torch.isfinite(logits).all()
     assert 0.01 < logits.std() < 10
+
+
+# Used in place
+
+
+def in_files(tensor: Tensor) -> bool:
+    """Whether a tensor lies in a mapped safetensors file."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    ranges = [[int(end, 16) for end in words[0].split("-")] for words in lines]
+    return any(begin <= tensor.data_ptr() < end for begin, end in ranges)
+
+
+@pytest.fixture
+def all_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_LEAST_MAPPED", 1)
+
+
+TABLE, NORM, FUSED = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "remote", "mapped"),
+    [
+        ({}, False, True),
+        ({"load_format": "copy"}, False, False),
+        ({"dtype": "bfloat16"}, False, False),
+        ({}, True, False),
+    ],
+)
+def test_what_lies_in_a_file_as_it_is_wanted_stays_there(
+    llama: Path,
+    options: dict[str, Any],
+    remote: bool,
+    mapped: bool,
+    all_in_place: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "is_remote", lambda file: remote)
+    model = load(llama, **options).model
+    assert in_files(model.get_parameter(TABLE)) == mapped
+    assert not in_files(model.get_parameter(FUSED)), "it is a part of a larger tensor"
+    assert_loaded_alike(model, by_transformers(llama, model.dtype))
+
+
+def test_small_tensors_are_read(llama: Path) -> None:
+    assert not in_files(load(llama).model.get_parameter(NORM))
+
+
+def test_a_mapped_file_can_be_deleted_and_is_never_written(llama: Path, all_in_place: None) -> None:
+    file = llama / "model.safetensors"
+    content, want = file.read_bytes(), tiny_model("llama").get_parameter(TABLE)
+    first, second = (load(llama).model.get_parameter(TABLE) for _ in range(2))
+    first.data.add_(1)
+    assert file.read_bytes() == content
+    file.unlink()
+    assert in_files(second)
+    assert torch.equal(second, want)
+    assert torch.equal(first, want + 1)
+
+
+def test_ranks_use_their_rows_in_place(llama: Path, all_in_place: None) -> None:
+    want = tiny_model("llama").get_parameter(TABLE)
+    rows, width = want.shape
+    for dim, spans, mapped in (
+        (0, ((64, 128),), True),
+        (0, ((0, 32), (96, 128)), False),
+        (1, ((0, width // 2),), False),
+        (0, ((rows - 32, rows),), True),
+    ):
+        model = build(read_config(EngineArgs(model=str(llama))), torch.float32)
+        kept = torch.cat([want.narrow(dim, begin, end - begin) for begin, end in spans], dim)
+        part: Any = frozen(torch.empty_like(kept, device="meta"))
+        part.cut = Cut((rows, width), dim, spans)
+        model.get_input_embeddings().weight = part
+        plan = loading.LoadPlan(model, llama)
+        allocate(model, [], torch.device("cpu"))
+        model.get_input_embeddings().weight.cut = part.cut  # type: ignore[union-attr]
+        plan.fill(HostPlatform().device())
+        assert torch.equal(model.get_parameter(TABLE), kept)
+        assert in_files(model.get_parameter(TABLE)) == mapped, (dim, spans)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_weights_leave_the_file(tied: bool, tmp_path: Path, all_in_place: None) -> None:
+    """Also one that an embedding and the head share; what is looked up in place stays."""
+    tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    adapted = load_model(EngineArgs(model=str(tmp_path)), CpuPlatform())
+    reference = load_model(EngineArgs(model=str(tmp_path), load_format="copy"), CpuPlatform())
+    ids = torch.arange(9)
+    assert torch.equal(adapted.forward(ids, ids, ids), reference.forward(ids, ids, ids))
+    large = [p for p in adapted.model.parameters() if p.dim() > 1 and not p.is_meta]
+    assert len(large) == (0 if tied and native.library() else 1)
+    assert all(map(in_files, large))
+    norms = sum(p.dim() == 1 for p in adapted.model.parameters())
+    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(mappings) == len(large) + norms
+
+
+def test_a_file_that_shrinks_before_it_is_mapped(llama: Path, all_in_place: None) -> None:
+    model = build(read_config(EngineArgs(model=str(llama))), torch.float32)
+    plan = loading.LoadPlan(model, llama)
+    allocate(model, [], torch.device("cpu"))
+    cut(llama, 5000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors, tensor '.*check the disk"):
+        plan.fill(HostPlatform().device())
+
+
+@pytest.mark.parametrize(
+    ("kind", "remote"), [("ext4", False), ("nfs4", True), ("fuse.sshfs", True), ("fuseblk", False), ("overlay", False)]
+)
+def test_files_of_a_network_are_known(kind: str, remote: bool, tmp_path: Path) -> None:
+    device = tmp_path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    info = tmp_path / "proc/self/mountinfo"
+    info.parent.mkdir(parents=True)
+    assert not is_remote(tmp_path, tmp_path), "nothing is known"
+    info.write_text(f"21 1 0:999 / /sys rw - sysfs sysfs rw\n36 35 {number} / /mnt rw shared:1 - {kind} server:/x rw\n")
+    assert is_remote(tmp_path, tmp_path) == remote
 
 
 # What is wrong

@@ -69,7 +69,9 @@ class Machine:
         utils = SimpleNamespace(
             get_device_properties=lambda index: {"multiprocessor_count": cores, "max_shared_mem": shared}
         )
-        active = SimpleNamespace(utils=utils, get_current_target=lambda: SimpleNamespace(warp_size=wavefront, arch=name))
+        active = SimpleNamespace(
+            utils=utils, get_current_target=lambda: SimpleNamespace(warp_size=wavefront, arch=name)
+        )
         self._patch.setattr(type(driver), "active", active)
         tuning.device_properties.cache_clear()
 

@@ -101,8 +101,25 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     for server in found.values():
         server.await_ready()
     yield found
-    for server in found.values():
-        server.close()
+    try:
+        for server in found.values():
+            assert_nothing_left_behind(server)
+    finally:
+        for server in found.values():
+            server.close()
+
+
+def assert_nothing_left_behind(server: Server) -> None:
+    """All that was asked has ended, in every engine, and no fault of the server was logged."""
+    end = time.monotonic() + 30
+    while True:
+        load = server.client.get("/status").json()["load"]
+        if not (load["in_flight"] or load["num_running"] or load["num_waiting"] or load["kv_usage"]):
+            break
+        assert time.monotonic() < end, load
+        time.sleep(0.05)
+    assert server.client.get("/health").status_code == 200
+    assert [line for line in server.lines if "Traceback" in line or " error " in line] == []
 
 
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
@@ -277,17 +294,3 @@ def test_every_route_is_asked(servers: dict[str, Server]) -> None:
     asked = {(m, p.replace(":path", "")) for m, p in ROUTES}
     assert listed <= asked
     assert {p for paths in POOLING.values() for p in paths} | set(GENERATING) <= {p for _, p in asked}
-
-
-def test_nothing_is_left_behind(servers: dict[str, Server]) -> None:
-    """The last test: all of it has ended, in every engine, and no fault of the server was logged."""
-    for server in servers.values():
-        end = time.monotonic() + 30
-        while True:
-            load = server.client.get("/status").json()["load"]
-            if not (load["in_flight"] or load["num_running"] or load["num_waiting"] or load["kv_usage"]):
-                break
-            assert time.monotonic() < end, load
-            time.sleep(0.05)
-        assert server.client.get("/health").status_code == 200
-        assert [line for line in server.lines if "Traceback" in line or " error " in line] == []

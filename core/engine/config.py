@@ -38,7 +38,7 @@ class EngineArgs:
         trust_remote_code: run Python code that comes with the checkpoint.
         dtype: ``"auto"`` (the checkpoint's, with fp32 kept as fp32), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantization: ``"int8"`` or ``"int4"`` rounds linear layers while loading; stored formats need no word.
-        load_format: ``"auto"`` reads safetensors, ``"dummy"`` fills random weights; plugins may have others.
+        load_format: ``"auto"`` maps safetensors, ``"copy"`` reads them, ``"dummy"`` is random; plugins may have others.
         hf_overrides: fields that replace those of config.json.
         runner: ``"generate"``, or ``"pooling"`` for embeddings, scores and classes; ``"auto"`` follows the checkpoint.
         pooler_config: how a model pools, where the checkpoint does not say, or otherwise; see the guide to pooling.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,44 +34,21 @@ from engine_sdk import (
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _ROWS = 64  # query heads times tokens that a tile of a prompt has
-_STEP = 256  # keys between two looks at the softmax, about: whole blocks
+_SPAN = 256  # keys between two looks at the softmax, about: whole blocks
 _PART = 8  # of these that a decode does in one piece
+_FAR = 1 << 30  # keys: what reaches so far reaches all, and with a position it still fits into 32 bits
 
 
-def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-_Int, _Long, _Float, _Pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-# The same as `Spec`, `Step` and `Call` in attention.cpp.
-_Spec = _structure(
-    "_Spec",
-    **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "v_head_dim"), _Int),
-    **dict.fromkeys(("dtype", "kv_dtype", "causal", "block_size", "window", "chunk"), _Int),
-    **dict.fromkeys(("scale", "softcap"), _Float),
-    relative=_Int,
-    num_threads=_Int,
-)
-_Step = _structure(
-    "_Step",
-    **dict.fromkeys(("block_table", "slots", "items"), _Pointer),
-    **dict.fromkeys(("num_tokens", "num_items", "table_stride"), _Long),
-)
-_Call = _structure(
-    "_Call",
-    **dict.fromkeys(("q", "k", "v", "cache", "out", "sinks", "slopes", "lse", "partial"), _Pointer),
-    **dict.fromkeys(("q_token", "q_head", "k_token", "k_head", "v_token", "v_head"), _Long),
-    **dict.fromkeys(("out_token", "out_head", "lse_token", "block_bytes"), _Long),
-)
+# `Spec`, `Step` and `Call` in attention.cpp, field by field. Structures of ctypes would take more of each layer's time.
+_SPEC, _STEP, _CALL = struct.Struct("10i 2f 2i"), struct.Struct("3P 3q"), struct.Struct("9P 10q")
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One step. The structures hold addresses of the tensors."""
+    """One step. `step` holds addresses of the tensors."""
 
-    spec: ctypes.Structure
-    step: ctypes.Structure
+    spec: bytes
+    step: bytes
     tensors: tuple[Tensor, ...]
     partial: Tensor | None  # fp32 [parts, H, E' + 2]: of requests that are cut, sums, maximum and denominator
 
@@ -122,17 +100,14 @@ class CpuAttention(AttentionBackend):
         table, slots = batch.block_table.contiguous(), batch.slots.contiguous()
         width = -(-spec.v_head_dim // WIDTH) * WIDTH + 2
         return _Plan(
-            _Spec(
+            _SPEC.pack(
                 *(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.v_head_dim),
-                *(DTYPES[spec.dtype], DTYPES[spec.kv_dtype], spec.causal, size, spec.window or 0, spec.chunk or 0),
-                *(
-                    spec.scale,
-                    spec.softcap or 0,
-                    -1 if spec.relative is None else spec.relative,
-                    torch.get_num_threads(),
-                ),
+                *(DTYPES[spec.dtype], DTYPES[spec.kv_dtype], spec.causal, size),
+                *(min(reach or 0, _FAR) for reach in (spec.window, spec.chunk)),
+                *(spec.scale, spec.softcap or 0),
+                *(-1 if spec.relative is None else spec.relative, torch.get_num_threads()),
             ),
-            _Step(
+            _STEP.pack(
                 *(table.data_ptr(), slots.data_ptr(), items.data_ptr()),
                 *(int(batch.query_start_host[-1]), len(items), table.stride(0)),
             ),
@@ -143,7 +118,7 @@ class CpuAttention(AttentionBackend):
     def _items(self, batch: AttentionBatch) -> Iterator[tuple[int, ...]]:
         """Items as attention.cpp has them; of requests that have neither keys nor queries there is none."""
         spec = self.spec
-        span = max(1, _STEP // batch.block_size) * batch.block_size
+        span = max(1, _SPAN // batch.block_size) * batch.block_size
         tile = max(1, _ROWS * spec.num_kv_heads // spec.num_heads)
         part = 0
         starts, lengths = batch.query_start_host.tolist(), batch.seq_lens_host.tolist()
@@ -193,25 +168,14 @@ class CpuAttention(AttentionBackend):
             raise UnsupportedCapability("lse", True, f"declared: {sorted(self._declared.attention)}")
         sinks, slopes = (None if x is None else x.float().contiguous() for x in (sinks, alibi_slopes))
         raw = cast(Tensor, cache.raw)
-        call = _Call(
-            q=q.data_ptr(),
-            k=None if k is None else k.data_ptr(),
-            v=None if v is None else v.data_ptr(),
-            cache=raw.data_ptr(),
-            out=out.data_ptr(),
-            sinks=None if sinks is None else sinks.data_ptr(),
-            slopes=None if slopes is None else slopes.data_ptr(),
-            lse=None if lse is None else lse.data_ptr(),
-            partial=None if plan.partial is None else plan.partial.data_ptr(),
-            q_token=q.stride(0),
-            q_head=q.stride(1),
-            k_token=0 if k is None else k.stride(0),
-            k_head=0 if k is None else k.stride(1),
-            v_token=0 if v is None else v.stride(0),
-            v_head=0 if v is None else v.stride(1),
-            out_token=out.stride(0),
-            out_head=out.stride(1),
-            lse_token=0 if lse is None else lse.stride(0),
-            block_bytes=raw.stride(0) * raw.element_size(),
+        call = _CALL.pack(
+            q.data_ptr(),
+            *((0, 0) if k is None or v is None else (k.data_ptr(), v.data_ptr())),
+            *(raw.data_ptr(), out.data_ptr()),
+            *(0 if x is None else x.data_ptr() for x in (sinks, slopes, lse, plan.partial)),
+            *q.stride()[:2],
+            *((0, 0, 0, 0) if k is None or v is None else (*k.stride()[:2], *v.stride()[:2])),
+            *out.stride()[:2],
+            *(0 if lse is None else lse.stride(0), raw.stride(0) * raw.element_size()),
         )
-        self._run(ctypes.byref(plan.spec), ctypes.byref(plan.step), ctypes.byref(call))
+        self._run(plan.spec, plan.step, call)

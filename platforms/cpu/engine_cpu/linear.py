@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine_sdk import LinearMethod
+from engine_sdk import LinearMethod, Norm
 
 _ROWS = 16
 """Rows that oneDNN's order is chosen for. It is a hint: on processors with AVX-512 one order serves all numbers."""
@@ -42,6 +42,11 @@ class Packed:
     opaque: bool = False
     product: ctypes.Structure | None = None
 
+    @property
+    def gates(self) -> bool:
+        """Whether the kernel can gate one half of the outputs with the other: both are whole panels."""
+        return self.product is not None and self.rows % (2 * _PANEL) == 0
+
 
 class PackedLinear(LinearMethod):
     """Every dtype that the kernels or oneDNN multiply on this processor; other weights stay torch's own.
@@ -59,8 +64,17 @@ class PackedLinear(LinearMethod):
                 *(ctypes.c_void_p, ctypes.c_int32),
             ]
             self._multiply = kernels.engine_linear
-            self._multiply.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
+            self._multiply.argtypes = [
+                *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+                *(ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_int32),
+            ]
             self._multiply.restype = None
+            self._gated = kernels.engine_gated
+            self._gated.argtypes = [
+                *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+                *(ctypes.c_void_p, ctypes.c_float, ctypes.c_int32),
+            ]
+            self._gated.restype = None
             self._look_up = kernels.engine_lookup
             self._look_up.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32]
             self._look_up.restype = ctypes.c_int64
@@ -89,12 +103,7 @@ class PackedLinear(LinearMethod):
         """See `LinearMethod.apply`."""
         assert isinstance(packed, Packed)
         if packed.product is not None:
-            if x.shape[-1] != packed.product.width or x.dtype != packed.weight.dtype:
-                expected = f"[..., {packed.product.width}] of {packed.weight.dtype}"
-                raise ValueError(f"a linear layer takes {expected}, and this is {list(x.shape)} of {x.dtype}")
-            out = torch.empty(*x.shape[:-1], packed.rows, dtype=x.dtype)
-            self.multiply(x.contiguous(), packed.product, out)
-            return out
+            return self.multiply(x, packed)
         if not packed.opaque:
             return F.linear(x, packed.weight, packed.bias)
         if not x.numel():
@@ -102,10 +111,52 @@ class PackedLinear(LinearMethod):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
         return y
 
-    def multiply(self, x: Tensor, product: ctypes.Structure, out: Tensor) -> None:
-        """``out = x @ weight.T + bias``; x [..., in] and out [..., out] are bf16 and contiguous."""
-        rows = out.numel() // product.outputs
-        self._multiply(ctypes.addressof(product), x.data_ptr(), rows, out.data_ptr(), torch.get_num_threads())
+    def multiply(
+        self,
+        x: Tensor,
+        packed: Packed,
+        *,
+        norm: Norm | None = None,
+        added: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``x @ weight.T + bias`` for a weight that has a `product`, with what stands around it in a model.
+
+        All tensors are bf16, and each step rounds to it, as separate operations would.
+
+        Args:
+            x: [..., in].
+            packed: the weight.
+            norm: an RMS norm of x before.
+            added: [..., out], contiguous, added after.
+            out: [..., out], contiguous; a new tensor if None.
+        """
+        product = packed.product
+        assert product is not None
+        x, rows = _rows(x, product)
+        if out is None:
+            out = torch.empty(*x.shape[:-1], packed.rows, dtype=x.dtype)
+        self._multiply(
+            *(ctypes.addressof(product), x.data_ptr(), rows, out.data_ptr()),
+            *((None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)),
+            *(None if added is None else added.data_ptr(), torch.get_num_threads()),
+        )
+        return out
+
+    def feed_forward(self, x: Tensor, norm: Norm, gate_up: Packed, down: Packed) -> Tensor:
+        """``x + down(silu(gate) * up)``, gate and up of the norm of x [..., in]; rounded as in `multiply`.
+
+        The weights have a `product`, and `gate_up` two halves that `gates`.
+        """
+        assert gate_up.product is not None
+        assert down.product is not None
+        x, rows = _rows(x, gate_up.product)
+        out = torch.empty_like(x)
+        self._gated(
+            *(ctypes.addressof(gate_up.product), ctypes.addressof(down.product), x.data_ptr(), rows, out.data_ptr()),
+            *(norm.weight.data_ptr(), norm.eps, torch.get_num_threads()),
+        )
+        return out
 
     def look_up(self, ids: Tensor, packed: Packed) -> Tensor:
         """Rows `ids`, int64 [...], of a weight that has a `product`: [..., in]. Raises `IndexError` for ids beyond."""
@@ -116,6 +167,14 @@ class PackedLinear(LinearMethod):
         if strange := self._look_up(product, ids.data_ptr(), ids.numel(), out.data_ptr(), threads):
             raise IndexError(f"token ids beyond the embedding's {packed.rows} rows: {strange}")
         return out
+
+
+def _rows(x: Tensor, product: ctypes.Structure) -> tuple[Tensor, int]:
+    """`x`, contiguous, and how many rows it has; raises `ValueError` where it is none of the product's."""
+    if x.shape[-1] != product.width or x.dtype != torch.bfloat16:
+        expected = f"[..., {product.width}] of {torch.bfloat16}"
+        raise ValueError(f"a linear layer takes {expected}, and this is {list(x.shape)} of {x.dtype}")
+    return x.contiguous(), x.numel() // product.width
 
 
 def available() -> bool:

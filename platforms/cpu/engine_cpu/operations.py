@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engine_cpu.attention import DTYPES
-from engine_sdk import REFERENCE_OPS
+from engine_sdk import REFERENCE_OPS, Norm
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Heads(ctypes.Structure):
+    """The same as `Heads` in operations.cpp."""
+
+    _fields_ = [
+        *((name, _LONG) for name in ("queries", "keys", "width")),
+        *((name, _POINTER) for name in ("query_norm", "key_norm")),
+        *((name, ctypes.c_float) for name in ("query_eps", "key_eps")),
+    ]
 
 
 class Operations:
@@ -23,7 +34,9 @@ class Operations:
         self._silu_and_mul.argtypes = [*[_POINTER] * 3, *[_LONG] * 7, *[_INT] * 2]
         self._rotary = kernels.engine_rotary
         self._rotary.argtypes = [*[_POINTER] * 4, *[_LONG] * 5, *[_INT] * 2]
-        for function in (self._rms_norm, self._silu_and_mul, self._rotary):
+        self._prepare = kernels.engine_prepare
+        self._prepare.argtypes = [*[_POINTER] * 4, _LONG, *[_INT] * 2]
+        for function in (self._rms_norm, self._silu_and_mul, self._rotary, self._prepare):
             function.restype = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,6 +70,31 @@ class Operations:
         """`rotary`, results lying token by token, as attention reads them; None for what the kernel does not take."""
         turned_q, turned_k = self._turn(q, cos, sin), self._turn(k, cos, sin)
         return None if turned_q is None or turned_k is None else (turned_q, turned_k)
+
+    def heads(
+        self, num_heads: int, num_kv_heads: int, width: int, norms: tuple[Norm, Norm] | None
+    ) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """What norms, where there are `norms` of queries and keys, and turns these where they lie.
+
+        It takes x [N, H + 2K, D], contiguous: queries, keys and values of each token; and cos and sin [1, N, D], which
+        turn as in `OpSet.rotary`. Raises `ValueError` for another shape or dtype.
+        """
+        weights = [None, None] if norms is None else [norm.weight.contiguous() for norm in norms]
+        eps = [0.0, 0.0] if norms is None else [norm.eps for norm in norms]
+        places = [None if weight is None else weight.data_ptr() for weight in weights]
+        structure = _Heads(num_heads, num_kv_heads, width, *places, *eps)
+        row = num_heads + 2 * num_kv_heads, width
+
+        def prepare(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+            kinds = {t.dtype for t in (x, cos, sin, *weights) if t is not None}
+            if cos.shape != (1, len(x), width) or sin.shape != cos.shape or x.shape[1:] != row or len(kinds) > 1:
+                raise ValueError(f"heads {row} of {x.dtype} are turned by angles {list(cos.shape)} of {cos.dtype}")
+            cos, sin = cos.contiguous(), sin.contiguous()
+            self._prepare(
+                *(ctypes.addressof(structure), x.data_ptr(), cos.data_ptr(), sin.data_ptr()), len(x), *_kind(x)
+            )
+
+        return prepare
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
         """One of the two, [..., H, N, D]: what the kernel takes is of one batch, and turned in all of D."""

@@ -131,11 +131,10 @@ class CpuQuantized(QuantizedLinear):
     def multiply(self, x: Tensor, packed: Packed, out: Tensor) -> None:
         """``out = x @ weight.T``; x [..., in] and out [..., out] are contiguous, of one of `DTYPES`."""
         weight = packed.weight
-        if x.numel():
-            self._multiply(
-                *(ctypes.addressof(weight), x.data_ptr(), x.numel() // weight.width, out.data_ptr()),
-                *(DTYPES[x.dtype], torch.get_num_threads()),
-            )
+        self._multiply(
+            *(ctypes.addressof(weight), x.data_ptr(), x.numel() // weight.width, out.data_ptr()),
+            *(DTYPES[x.dtype], torch.get_num_threads()),
+        )
 
     def rows(self, ids: Tensor, packed: object) -> Tensor:
         """See `LinearMethod.rows`; fp32. Raises `IndexError` for ids beyond."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine_sdk import LinearMethod, hookimpl
+from engine_sdk import LinearMethod, hookimpl, same_result
 
 if TYPE_CHECKING:
     from engine_cpu.linear import PackedLinear
@@ -40,6 +40,7 @@ class _Parts:
     def pack(self, method: LinearMethod) -> None:
         """Exchange what is the same; the weights are there now."""
         from engine_cpu import native
+        from engine_cpu.layers import exchange_layers
         from engine_cpu.linear import PackedLinear
         from engine_cpu.operations import Operations
 
@@ -47,6 +48,7 @@ class _Parts:
             return
         operations = Operations(kernels)
         self._shared(method)
+        exchange_layers(self._model, method, operations)
         self._rotations(operations)
         for kinds in ("RMSNorm", "MLP"):
             found = [m for m in self._model.modules() if type(m).__name__.endswith(kinds)]
@@ -81,6 +83,8 @@ class _Parts:
             embeddings = [m for m in own if type(m) is nn.Embedding and m.max_norm is None]
             linears = [m for m in own if type(m) is nn.Linear and m.bias is None]
             if not embeddings or not linears or len(embeddings) + len(linears) < len(modules):
+                continue
+            if weight.dtype != torch.bfloat16:  # no rows can be looked up in oneDNN's order
                 continue
             packed = method.pack(weight.data, None)
             if packed.product is None:
@@ -131,19 +135,15 @@ def _with_rotary(method: FunctionType, operations: Operations) -> FunctionType |
     return made
 
 
-_CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Norm of the difference of two ways to compute the same, over the norm of the result: some units of rounding."""
-
-
 def _exchange(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> None:
     """Let `module` call `forward` if it takes one tensor [..., width] and gives what `forward` gives."""
-    if dtype not in _CLOSE or len(inspect.signature(module.forward).parameters) != 1:
+    if len(inspect.signature(module.forward).parameters) != 1:
         return
     x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     try:
         with torch.inference_mode():
-            want, got = module(x).double(), forward(x).double()
+            want, got = module(x), forward(x)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # it is something else
         return
-    if want.shape == got.shape and bool((want - got).norm() <= _CLOSE[dtype] * want.norm()):
+    if same_result(got, want):
         module.forward = forward

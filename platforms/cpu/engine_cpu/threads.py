@@ -23,15 +23,20 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def choose() -> None:
-    """Set torch's number of threads, once a process; warn where the user's is more than can run at once."""
-    usable = usable_cores(available_processors())
+    """Set torch's number of threads, once a process; warn where the user's is more than can run at once.
+
+    Ranks of one engine share the machine: ``LOCAL_WORLD_SIZE``, which it sets, says how many.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    usable = max(1, usable_cores(available_processors()) // ranks)
+    most = min(len(available_processors()), math.ceil(min(quota(), 1 << 20)))
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(min(usable, torch.get_num_threads()))
-    elif torch.get_num_threads() > min(len(available_processors()), math.ceil(min(quota(), 1 << 20))):
+    elif torch.get_num_threads() > max(1, most // ranks):
         log.warning(
-            "OMP_NUM_THREADS asks for %d threads, and %d can run at once: each step waits for the slowest, several "
-            "times longer; set OMP_NUM_THREADS=%d",
-            *(torch.get_num_threads(), usable, usable),
+            "OMP_NUM_THREADS asks for %d threads in each of %d processes, and %d can run at once: each step waits for "
+            "the slowest, several times longer; set OMP_NUM_THREADS=%d",
+            *(torch.get_num_threads(), ranks, usable * ranks, usable),
         )
 
 

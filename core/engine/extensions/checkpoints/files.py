@@ -1,7 +1,8 @@
 """Safetensors files: what tensors a folder holds, and their bytes, read where they are wanted.
 
-The format is 8 bytes of header length (little endian), a JSON header, then the bytes of the tensors. Files are not
-mapped into memory: mapped pages would count as the process's own while weights are copied out of them.
+The format is 8 bytes of header length (little endian), a JSON header, then the bytes of the tensors. A tensor is read
+into memory, or mapped: its pages are the system's, which reads them when they are used, keeps one copy for all
+processes, and takes them back where memory is short. Who shortens the file then ends the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,10 @@ from transformers.modeling_utils import str_to_torch_dtype
 from engine.errors import CheckpointError
 
 _HEADER_LIMIT = 100 << 20  # the format's own limit
+_READ_AHEAD = 128 << 10  # what the system reads at once, unless it is told otherwise
+
+_NETWORK = "9p afs beegfs ceph cifs fuse glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
+"""Kinds of file systems, as Linux calls them, that are slow to read page by page, and may be gone when that is due."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,20 @@ class Entry:
 
     def mapped(self) -> Tensor:
         """The tensor where it lies in the file: only what is used is read. Changes do not reach the file."""
-        with open(self.file, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        start = self.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            with open(self.file, "rb") as file:
+                data = mmap.mmap(file.fileno(), self.end - start, offset=start, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # a value: the file is shorter by now
+            raise CheckpointError(f"{self.file}, tensor {self.name!r}: {error}; check the disk") from error
         count = math.prod(self.shape)
-        return torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin).view(self.shape)
+        return torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin - start).view(self.shape)
+
+    def read_ahead(self) -> None:
+        """Have the system read the tensor by the time that it is used, if it is not in memory; does not wait."""
+        with suppress(OSError), open(self.file, "rb") as file:
+            for begin in range(self.begin, self.end, _READ_AHEAD):
+                os.posix_fadvise(file.fileno(), begin, min(_READ_AHEAD, self.end - begin), os.POSIX_FADV_WILLNEED)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +88,23 @@ def read_index(folder: Path) -> dict[str, Entry]:
     Raises `CheckpointError` naming the file that is missing, incomplete or damaged.
     """
     return {entry.name: entry for file in _files(folder) for entry in _read_header(file)}
+
+
+def is_remote(file: Path, root: Path = Path("/")) -> bool:
+    """Whether a file comes over a network, or from a program, as far as Linux says.
+
+    Args:
+        file: it, or a link to it.
+        root: where ``proc`` is.
+    """
+    device = file.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return False
+    kinds = (fields[fields.index("-") + 1] for fields in mounts if fields[2] == number)
+    return next(kinds, "").partition(".")[0] in _NETWORK.split()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 A plan is made and checked first, from headers alone: where each tensor belongs, what Transformers renames or merges,
 what is missing. Once the model has its storage, every tensor is read once: into its place where dtype and device agree,
-through a small staging buffer otherwise.
+through a small staging buffer otherwise. On a host large tensors of the right dtype are not read: the model uses them
+where they lie in the file.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import core_model_loading as hf
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from engine.errors import CheckpointError
-from engine.extensions.checkpoints.files import Entry, pieces, read_index
+from engine.extensions.checkpoints.files import Entry, is_remote, pieces, read_index
 from engine.interfaces import Device
 from engine.model.load import Cut, frozen
 
 _STAGING_BYTES = 16 << 20
+_LEAST_MAPPED = 1 << 20  # bytes; smaller tensors are not worth pages of their own
 _THREADS = 4
 _OTHER_MODEL = "config.json and the weights are not of the same model"
 
@@ -116,11 +118,17 @@ class LoadPlan:
 
     Where the configuration ties parameters whose values differ in the checkpoint, they are untied, as Transformers
     does. Raises `CheckpointError` naming the tensors that are missing, left over, or of another shape, and the reason.
+
+    Args:
+        model: on `meta`.
+        folder: of the files.
+        in_place: whether a host may use tensors where they lie in the files; those of a network are read in any case.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, folder: Path, *, in_place: bool = True) -> None:
         entries = read_index(folder)
         self._model = model
+        self._local = {file: in_place and not is_remote(file) for file in {entry.file for entry in entries.values()}}
         self._direct: dict[str, Entry] = {}
         self._merges: dict[str, _Merge] = {}
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
@@ -160,21 +168,31 @@ class LoadPlan:
             other = first.setdefault(id(targets[name]), name)
             if other == name:
                 continue
-            if torch.equal(entry.load(), self._direct[other].load()):
+            one, two = (e.mapped() if self._local[e.file] else e.load() for e in (entry, self._direct[other]))
+            if torch.equal(one, two):
                 del self._direct[name]
             else:
                 path, _, attribute = name.rpartition(".")
                 setattr(self._model.get_submodule(path), attribute, frozen(targets[name].data))
 
     def fill(self, device: Device, *, progress: bool = False) -> None:
-        """Read the weights into the model's parameters and persistent buffers, which have their storage by now.
+        """Give the model's parameters and persistent buffers, which have their storage by now, their values.
 
         Needs, beyond the weights, the staging buffers and, one at a time, the sources of a merged tensor, and tensors
-        for a `sink`.
+        for a `sink` that the file does not have as they are wanted.
         """
+        staging = _Staging(device)
         targets: dict[str, Any] = self._model.state_dict(keep_vars=True)
         taken = {name for name, target in targets.items() if hasattr(target, "sink")}
-        jobs = [job for name in self._direct.keys() - taken for job in self._jobs(name, targets[name])]
+        jobs, in_place = [], []
+        for name in self._direct.keys() - taken:
+            target = targets[name]
+            alone = isinstance(target, nn.Parameter) and target.untyped_storage().nbytes() == target.nbytes
+            if alone and staging.is_host(target) and (found := self._in_place(name, target)) is not None:
+                target.data = found
+                in_place.append(self._direct[name])
+            else:
+                jobs += self._jobs(name, target)
         merges = {}
         for name, merge in self._merges.items():
             stacked = None if name in taken else merge.slices(targets[name], self._cuts.get(name))
@@ -187,23 +205,29 @@ class LoadPlan:
         total = sum(job.nbytes for job in jobs) + sum(nbytes.values()) + sum(self._direct[n].nbytes for n in late)
         disable = None if progress else True  # None: quiet unless standard error is a terminal
         bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=disable)
-        staging = _Staging(device)
 
         def read(job: _Job) -> None:
             staging.read(job)
             bar.update(job.nbytes)
 
         def take(name: str) -> None:
-            whole = torch.zeros(targets[name].shape, dtype=targets[name].dtype)
-            for job in self._jobs(name, whole):
-                read(job)
-            targets[name].sink(whole)
+            target = targets[name]
+            if (whole := self._in_place(name, target)) is not None:
+                bar.update(whole.nbytes)
+            else:
+                whole = torch.zeros(target.shape, dtype=target.dtype)
+                for job in self._jobs(name, whole):
+                    read(job)
+            target.sink(whole)
             del whole
             _trim()
 
         with bar, torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(read, sorted(jobs, key=lambda job: _place(job.entry))))
-            for name in late:  # one after the other: each is whole for a while
+            list(pool.map(Entry.read_ahead, in_place))
+            for index, name in enumerate(late):  # one after the other: each is whole for a while
+                for following in late[index + 1 : index + 2]:
+                    self._direct[following].read_ahead()
                 take(name)
             for name, merge in merges.items():
                 for target, tensor in merge.make(self._model, name, Entry.load).items():
@@ -215,6 +239,16 @@ class LoadPlan:
                         targets[target].copy_(kept)
                 bar.update(nbytes[name])
         device.synchronize()
+
+    def _in_place(self, name: str, target: Tensor) -> Tensor | None:
+        """What `target` is to be, as it lies in the file; None where it does not lie there so, or is to be read."""
+        entry, jobs = self._direct[name], self._jobs(name, target)
+        same = entry.dtype == target.dtype and not entry.begin % entry.dtype.itemsize
+        if not same or not self._local[entry.file] or len(jobs) != 1 or jobs[0].nbytes < _LEAST_MAPPED:
+            return None
+        [job] = jobs
+        found = entry.mapped() if job.dim is None else entry.mapped().narrow(job.dim, job.begin, job.end - job.begin)
+        return found if found.is_contiguous() and found.shape == target.shape else None
 
     def _jobs(self, name: str, target: Tensor) -> list[_Job]:
         entry, cut = self._direct[name], self._cuts.get(name)
@@ -244,13 +278,17 @@ class _Staging(threading.local):
         self._host = device.host_buffer((1,), torch.uint8).device
         self._buffer: Tensor | None = None
 
+    def is_host(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies where files are read to."""
+        return tensor.device == self._host
+
     def read(self, job: _Job) -> None:
         """Fill the target, in its own dtype."""
         entry, target = job.entry, job.target
         if job.dim is not None:
             target.copy_(entry.mapped().narrow(job.dim, job.begin, job.end - job.begin))
             return
-        if target.device == self._host and target.dtype == entry.dtype:
+        if self.is_host(target) and target.dtype == entry.dtype:
             entry.read(target)
             return
         if self._buffer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from dataclasses import asdict
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     SamplingParams(**sampling)  # a wrong value is told before the model is loaded
     from engine.llm import LLM
 
+    gc.freeze()  # what was imported stays, and is not searched again
     llm = LLM(**given(args, EngineArgs))
     params = llm.get_default_sampling_params()
     params = SamplingParams(**{**asdict(params), "max_tokens": _DEFAULT_MAX_TOKENS, **sampling})

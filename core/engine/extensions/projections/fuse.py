@@ -26,7 +26,7 @@ def fuse(model: nn.Module, seen: Observations, linear: Linear) -> list[Projectio
     `model` is on `meta`. Where `linear`, the platform's, packs weights, and where a layer is quantised, those that
     stand alone become members too. Layers that the probe did not see stay as they are.
     """
-    all_linears = linear(None) is not None
+    method = linear(None)
     users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     projections = []
     for parent in list(model.modules()):
@@ -42,8 +42,10 @@ def fuse(model: nn.Module, seen: Observations, linear: Linear) -> list[Projectio
         for group in groups.values():
             linears = [child for _, child in group]
             recipe = getattr(linears[0], "quant", None)
-            if len(group) > 1 or all_linears or recipe is not None:
-                projection = Projection(linears) if recipe is None else _quantised(linears, recipe.scheme, linear)
+            if len(group) > 1 or method is not None or recipe is not None:
+                projection = (
+                    Projection(linears, method) if recipe is None else _quantised(linears, recipe.scheme, linear)
+                )
                 for (name, _), member in zip(group, projection.members, strict=True):
                     setattr(parent, name, member)
                 projections.append(projection)

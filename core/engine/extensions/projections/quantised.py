@@ -8,9 +8,8 @@ So never more floats than those of a few layers exist. A platform's `LinearMetho
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,50 +33,36 @@ class QuantProjection(Projection):
     """A projection whose members have recipes of one scheme."""
 
     def __init__(self, linears: Sequence[nn.Linear], method: LinearMethod) -> None:
-        super().__init__(linears)
+        super().__init__(linears, method)
         self._recipes: list[Recipe] = [linear.quant for linear in linears]  # type: ignore[misc]
-        self._method = method
-        self._arrived: dict[int, Tensor] = {}
-        self._lock = threading.Lock()
 
     def forward(self, x: Tensor) -> Tensor:
         """See `Projection.forward`."""
-        if self._packed is None:
+        if self.packed is None:
             self.pack(None)
-        assert self._method is not None
-        y = self._method.apply(x, self._packed)
+        assert self.method is not None
+        y = self.method.apply(x, self.packed)
         return y if self.bias is None else y + self.bias
 
     def allocate(self, device: torch.device) -> None:
-        """Make storage for biases; weights have none of their own, and stored tensors are parameters like others."""
+        """Make storage for biases; float weights are waited for, and stored tensors are parameters like others."""
         if self.bias is not None:
-            self.bias = frozen(self.bias.new_empty(sum(self._sizes), device=device))
-            for member, part in zip(self.members, self.bias.split(self._sizes), strict=True):
-                member.bias = frozen(part)
-        for index, member in enumerate(self.members):
-            if self._recipes[index].decode is None:
-                weight: Any = member.weight
-                weight.sink = lambda tensor, index=index: self._take(index, tensor.to(device))
+            self._share_bias(self.bias.new_empty(sum(self._sizes), device=device))
+        self._await((i for i, recipe in enumerate(self._recipes) if recipe.decode is None), device)
 
     def pack(self, method: LinearMethod | None) -> None:
         """Give stored weights to the scheme's method. Biases stay: ranks may still settle who adds them."""
-        if self._packed is not None:
+        if self.packed is not None:
             return
-        assert self._method is not None
+        assert self.method is not None
         decoded = [r.decode(m) for r, m in zip(self._recipes, self.members, strict=True) if r.decode is not None]
-        self._packed = self._method.pack_quantized(_joined(decoded), None)
+        self.packed = self.method.pack_quantized(_joined(decoded), None)
         self._leave(sum(p.nbytes for m in self.members for name, p in m.named_parameters() if name != "bias"))
 
-    def _take(self, index: int, tensor: Tensor) -> None:
-        with self._lock:
-            self._arrived[index] = tensor
-            if len(self._arrived) < len(self.members):
-                return
-        weights = [self._arrived.pop(i) for i in range(len(self.members))]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        del tensor, weights
-        assert self._method is not None
-        self._packed = self._method.pack(weight, None)
+    def _all_arrived(self) -> None:
+        weight = self._joined()
+        assert self.method is not None
+        self.packed = self.method.pack(weight, None)
         groups = 1 if (size := self._recipes[0].scheme.group_size) is None else -(-weight.shape[1] // size)
         scales = weight.shape[0] * groups * weight.itemsize
         self._leave(weight.numel() * self._recipes[0].scheme.bits // 8 + scales)

@@ -45,9 +45,9 @@ def mark(model: PreTrainedModel, args: EngineArgs, seen: Observations | None) ->
             f"quantization {args.quantization!r}: {args.folder} is "
             + (f"quantised with {method!r}; leave the option out" if method else "not quantised; use int8 or int4")
         )
-    if args.load_format != "auto":
+    if args.load_format not in ("auto", "copy"):
         raise ConfigError(
-            f"load_format {args.load_format!r} reads no weights that are stored quantised; use 'auto', or "
+            f"load_format {args.load_format!r} reads no weights that are stored quantised; use 'auto' or 'copy', or "
             'hf_overrides={"quantization_config": null} for float ones'
         )
     formats = FORMATS[str(method)](config, str(args.folder))

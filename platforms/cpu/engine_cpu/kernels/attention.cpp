@@ -16,15 +16,22 @@
 //     scores [M, step] = rows x keys     softmax of each row, rescaled as its maximum grows     out [M, E] += p x values
 //
 // Decodes of long requests are cut into parts at multiples of a fixed length, which are merged in order.
+//
+// Threads share the key/value heads, so that all tiles of a prompt find a head's keys in the cache of one core, and a
+// core that wrote a key reads it.
 
 #include "products.h"
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 #include <vector>
+
+extern "C" int omp_get_thread_num(void);
+
 namespace {
 
-struct Spec {  // of a layer and its cache; the same as `_Spec` in attention.py
+struct Spec {  // of a layer and its cache; `_SPEC` in attention.py
   int32_t num_heads, num_kv_heads, head_dim, v_head_dim;
   int32_t dtype, kv_dtype, causal, block_size;
   int32_t window, chunk;  // 0 without
@@ -33,7 +40,7 @@ struct Spec {  // of a layer and its cache; the same as `_Spec` in attention.py
   int32_t num_threads;
 };
 
-struct Step {  // of a step; the same as `_Step` in attention.py
+struct Step {  // of a step; `_STEP` in attention.py
   const int32_t* block_table;  // [R, table_stride]
   const int64_t* slots;        // [N]
   const struct Item* items;
@@ -47,7 +54,7 @@ struct Item {  // queries of a request; the same as the rows of `Plan.items`
   int32_t part, num_parts, merges;     // of a cut request: index among all parts, their number, whether it is the first
 };
 
-struct Call {  // of a layer in a step; the same as `_Call` in attention.py
+struct Call {  // of a layer in a step; `_CALL` in attention.py
   const void *q, *k, *v;  // k and v null: read only
   char* cache;            // block 0
   void* out;              // [N, H, E]
@@ -76,6 +83,28 @@ template <class C> struct Shape {  // of a cache of C
 
 constexpr int RUN = 16;
 
+INLINE void transpose(uint32_t (&lines)[RUN][RUN]) {
+#if defined(__AVX512F__)
+  static_assert(LANES == RUN);
+  U32 x[RUN], lanes;
+  for (int i = 0; i < RUN; i++) x[i] = load_raw<U32>(lines[i]), lanes[i] = i;
+  for (int half = 1; half < RUN; half *= 2) {  // exchange quarters of squares of 2 * half
+    const U32 upper = (lanes & half) != 0 ? U32{} - 1u : U32{};
+    const U32 first = upper ? lanes - half + RUN : lanes, second = upper ? lanes + RUN : lanes + half;
+    for (int i = 0; i < RUN; i++) {
+      if (i & half) continue;
+      const U32 a = x[i], b = x[i + half];
+      x[i] = (U32)_mm512_permutex2var_epi32((__m512i)a, (__m512i)first, (__m512i)b);
+      x[i + half] = (U32)_mm512_permutex2var_epi32((__m512i)a, (__m512i)second, (__m512i)b);
+    }
+  }
+  for (int i = 0; i < RUN; i++) store_raw(lines[i], x[i]);
+#else
+  for (int i = 0; i < RUN; i++)
+    for (int j = 0; j < i; j++) std::swap(lines[i][j], lines[j][i]);
+#endif
+}
+
 template <class S, class C> struct Writer {
   const Spec& s;
   const Step& step;
@@ -88,17 +117,29 @@ template <class S, class C> struct Writer {
   const S* value(int64_t n, int64_t head) const { return (const S*)call.v + n * call.v_token + head * call.v_head; }
   C* place(int64_t n) const { return (C*)(call.cache + step.slots[n] / s.block_size * call.block_bytes); }
 
+  C* key_place(int64_t n, int64_t head) const {
+    return place(n) + head * shape.key_head + step.slots[n] % s.block_size * P;
+  }
+  C* value_place(int64_t n, int64_t head) const {
+    const int64_t at = step.slots[n] % s.block_size;
+    return place(n) + shape.values + head * shape.value_head + at / P * shape.E * P + at % P;
+  }
+
   void one(int64_t n, int64_t head) const {
-    const int at = int(step.slots[n] % s.block_size);
     const S *k = key(n, head), *v = value(n, head);
-    C* keys = place(n) + head * shape.key_head + at * P;
+    C *keys = key_place(n, head), *values = value_place(n, head);
     int d = 0;
     if constexpr (COPIES)
       for (; d + 2 <= s.head_dim; d += 2) std::memcpy((void*)(keys + int64_t(d) * shape.B), k + d, sizeof(C) * 2);
     for (; d < shape.D; d++)
       keys[int64_t(d / P) * shape.B * P + d % P] = d < s.head_dim ? converted<S, C>(k[d]) : C{};
-    C* values = place(n) + shape.values + head * shape.value_head + int64_t(at / P) * shape.E * P + at % P;
-    for (int e = 0; e < s.v_head_dim; e++) values[e * P] = converted<S, C>(v[e]);
+    int e = 0;
+#if defined(__AVX512BW__)
+    if constexpr (COPIES)  // not the other token's bits, as another thread may write these
+      for (; e + LANES <= s.v_head_dim; e += LANES)
+        _mm512_mask_storeu_epi16(values + e * P, 0x55555555, _mm512_cvtepu16_epi32((__m256i)load_raw<U16>(v + e)));
+#endif
+    for (; e < s.v_head_dim; e++) values[e * P] = converted<S, C>(v[e]);
   }
 
   bool fills_lines(int64_t n, int64_t end) const {
@@ -109,17 +150,22 @@ template <class S, class C> struct Writer {
   }
 
   void many(int64_t n, int64_t head) const {
-    const int at = int(step.slots[n] % s.block_size);
-    const S* k = key(n, head);
-    C* keys = place(n) + head * shape.key_head + at * 2;
-    for (int d = 0; d < s.head_dim; d += 2) {
-      uint32_t line[RUN];
-      for (int i = 0; i < RUN; i++) line[i] = load_raw<uint32_t>(k + i * call.k_token + d);
-      std::memcpy((void*)(keys + int64_t(d) * shape.B), line, sizeof line);
+    C *keys = key_place(n, head), *to = value_place(n, head);
+    for (int d = 0; d < s.head_dim; d += 2 * RUN) {
+      const int pairs = std::min(RUN, (s.head_dim - d) / 2);
+      alignas(64) uint32_t lines[RUN][RUN];
+      for (int i = 0; i < RUN; i++) {
+        const S* from = key(n + i, head) + d;
+        if (pairs == RUN) std::memcpy(lines[i], from, sizeof lines[i]);
+        else std::memcpy(lines[i], from, pairs * sizeof(uint32_t));
+      }
+      transpose(lines);
+      for (int i = 0; i < pairs; i++)
+        std::memcpy((void*)(keys + int64_t(d + 2 * i) * shape.B), lines[i], sizeof lines[i]);
     }
     for (int i = 0; i < RUN; i += 2) {
       const S *a = value(n + i, head), *b = value(n + i + 1, head);
-      C* values = place(n) + shape.values + head * shape.value_head + int64_t((at + i) / 2) * shape.E * 2;
+      C* values = to + int64_t(i) * shape.E;
       int e = 0;
       for (; e + LANES <= s.v_head_dim; e += LANES)
         store_raw(values + 2 * e, __builtin_convertvector(load_raw<U16>(a + e), U32) |
@@ -191,14 +237,71 @@ INLINE F32 tanh(F32 x) {  // Cephes' polynomial near 0
   return size < splat(0.625f) ? small : x < F32{} ? -large : large;
 }
 
+// e^(score * scale - maximum), for weights of X.
+template <class X> struct Exponent {
+  float scale, maximum;
+  Exponent(float scale, float maximum) : scale(scale), maximum(maximum) {}
+  INLINE F32 operator()(F32 score) const { return exp(score * scale - maximum); }
+};
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+// Weights that are rounded to 8 bits need no more: 2^n is exact, and of 2^f, 0 <= f < 1, a polynomial is off by 2^-18.
+template <> struct Exponent<bf16> {
+  float scale, maximum;
+  Exponent(float scale, float maximum) : scale(scale * 1.44269504f), maximum(maximum * 1.44269504f) {}
+  INLINE F32 operator()(F32 score) const {
+    const F32 x = score * scale - maximum;
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+    const F32 f = (F32)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    F32 p = splat(1.35341671e-2f);
+    p = p * f + 5.20114652e-2f;
+    p = p * f + 2.41442752e-1f;
+    p = p * f + 6.93003836e-1f;
+    p = p * f + 1.00000259f;
+    return (F32)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
+  }
+};
+#endif
+
+// Indices in as many ranges as there are threads: each takes its own, and then what is left of the others'.
+class Work {
+ public:
+  Work(int64_t count, int num_threads) : ranges(num_threads) {
+    for (int t = 0; t < num_threads; t++)
+      ranges[t].next = count * t / num_threads, ranges[t].end = count * (t + 1) / num_threads;
+  }
+  // The next of the range `at`, or of those after it, to which `at` is moved; -1 when there is none.
+  int64_t take(int& at) {
+    for (size_t tried = 0; tried < ranges.size(); tried++, at = (at + 1) % int(ranges.size())) {
+      Range& range = ranges[at];
+      if (range.next >= range.end) continue;
+      const int64_t i = range.next++;
+      if (i < range.end) return i;
+    }
+    return -1;
+  }
+  // What `take` will probably give then.
+  int64_t peek(int at) const {
+    const int64_t next = ranges[at].next;
+    return next < ranges[at].end ? next : -1;
+  }
+
+ private:
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Range> ranges;
+};
+
 template <class X, class C> class Tile {
  public:
   Tile(const Spec& s, const Step& step, const Call& call, int most_tokens)
       : s(s), step(step), call(call), shape(s), G(s.num_heads / s.num_kv_heads),
-        num_blocks(std::max(1, 256 / s.block_size)), span(num_blocks * s.block_size), columns(num_blocks * shape.scores),
-        D(ceil_to(shape.D, 32)), rows(ceil_to(most_tokens * G, 32)),
+        num_blocks(std::max(1, STEP / s.block_size)), span(num_blocks * s.block_size), D(ceil_to(shape.D, 32)),
+        columns(num_blocks * shape.scores), score_row(columns + GAP), out_row(shape.E + GAP),
         on_tiles(std::is_same_v<X, bf16> && tiles_allowed() && shape.D % 32 == 0 && shape.E % 32 == 0 &&
                  s.block_size % 32 == 0) {
+    const size_t rows = ceil_to(most_tokens * G, 32);
     thread_local std::vector<char> memory;
     char* at = nullptr;
     for (int pass = 0; pass < 2; pass++) {  // count, then place
@@ -207,92 +310,114 @@ template <class X, class C> class Tile {
         pointer = (std::remove_reference_t<decltype(pointer)>)at;
         at += (count * sizeof *pointer + 63) / 64 * 64;
       };
-      place(queries, size_t(rows) * D), place(weights, size_t(rows) * columns);
-      place(scores, size_t(rows) * columns), place(out, size_t(rows) * shape.E);
-      place(row, rows), place(offsets, columns), place(blocks, num_blocks), place(cleared, shape.value_head);
+      place(queries, rows * D), place(scores, rows * score_row), place(out, rows * out_row);
+      place(totals, rows * LANES), place(row, rows), place(offsets, columns), place(cleared, shape.value_head);
+      place(blocks, num_blocks);
       if (pass) break;
       if (memory.size() < size_t(at - start) + 64) memory.resize(at - start + 64);
       at = memory.data() + (64 - uintptr_t(memory.data()) % 64) % 64;
     }
-    for (int c = 0; c < columns; c++)
-      offsets[c] = c % shape.scores < s.block_size ? c / shape.scores * s.block_size + c % shape.scores : 1 << 30;
+    for (int b = 0, c = 0; b < num_blocks; b++)
+      for (int i = 0; i < shape.scores; i++, c++) offsets[c] = i < s.block_size ? b * s.block_size + i : 1 << 30;
   }
 
   // `next` is what this thread does then, if anything.
   template <class S> void run(const Item& item, int head, const Item* next, int next_head) {
     begin<S>(item, head);
     for (int at = first / span * span; at < last; at += span) {
+      const bool ends = at + span >= last;
       find_blocks(item, head, at);
+      const C* then = !ends ? keys_of(item, head, at + span) : next ? keys_of(*next, next_head, next->begin) : nullptr;
       multiply_keys();
-      if (next && at + span >= last) fetch(block_of(*next, next->begin) + next_head * shape.key_head, shape.key_head);
-      for (int m = 0; m < M; m++) weigh(row[m], m, at, item.position + m / G, head);
-      multiply_values();
+      for (int m = 0; m < M; m++) weigh(m, at, item.position + m / G, head);
+      multiply_values(item, at, then);
+      started = true;
     }
-    for (int m = 0; m < M; m++) item.num_parts ? keep(item, head, m) : finish<S>(item, head, m);
+    if (!started) std::memset(out, 0, sizeof(float) * M * out_row);
+    for (int m = 0; m < M; m++) {
+      const float sum = ::sum(load(totals + m * LANES));
+      item.num_parts ? keep(item, head, m, sum) : finish<S>(item, head, m, sum);
+    }
   }
 
   // Merge the parts of a request, in their order; `item` is the first.
   template <class S> void merge(const Item& item, int head) {
     for (int g = 0; g < G; g++) {
-      Row& whole = row[g] = {-INF, 0, 0, 0};
-      float* sum = out + g * shape.E;
+      float maximum = -INF, total = 0, *sum = out + g * out_row;
       for (int part = 0; part < item.num_parts; part++)
-        whole.maximum = std::max(whole.maximum, partial(item.part + part, head, g)[shape.E]);
+        maximum = std::max(maximum, partial(item.part + part, head, g)[shape.E]);
       for (int e = 0; e < shape.E; e++) sum[e] = 0;
       for (int part = 0; part < item.num_parts; part++) {
         const float* p = partial(item.part + part, head, g);
-        const float factor = p[shape.E] == -INF ? 0 : std::exp(p[shape.E] - whole.maximum);
-        whole.sum += factor * p[shape.E + 1];
+        const float factor = p[shape.E] == -INF ? 0 : std::exp(p[shape.E] - maximum);
+        total += factor * p[shape.E + 1];
         for (int e = 0; e < shape.E; e++) sum[e] += factor * p[e];
       }
-      finish<S>(item, head, g);
+      row[g].maximum = maximum;
+      finish<S>(item, head, g, total);
     }
   }
 
  private:
-  struct Row { float maximum, sum; int32_t low, high; };  // high: one past the last key that it sees
-  struct Block { const C *keys, *values; int count; };    // count: tokens that may be read; none without pointers
+  static constexpr int STEP = 256;  // keys between two looks at the softmax, about; `_SPAN` in attention.py
+  static constexpr int GAP = 16;    // floats between rows, which would else lie in the same sets of a cache
+
+  struct Row { float maximum; int32_t low, high; };     // high: one past the last key that it sees
+  struct Block { const C *keys, *values; int count; };  // count: tokens that may be read; none without pointers
 
   const Spec& s;
   const Step& step;
   const Call& call;
   const Shape<C> shape;
-  const int G, num_blocks, span, columns, D, rows;  // span: tokens of a step over keys; columns: with padding of blocks
+  const int G, num_blocks, span, D, columns, score_row, out_row;  // span: tokens of a step over keys
   const bool on_tiles;
-  int M = 0, first = 0, last = 0;                   // rows in use, keys that any of them sees
-  X *queries, *weights;                             // [rows, D], [rows, columns]
-  float *scores, *out;                              // [rows, columns], [rows, E]
+  int M = 0, first = 0, last = 0;        // rows in use, keys that any of them sees
+  int begin_column = 0, end_column = 0;  // of the step's blocks that are there
+  bool started = false;                  // whether sums are there
+  X* queries;                            // [rows, D]
+  float *scores, *out, *totals;  // [rows, score_row], of which weights take the place; [rows, out_row]; [rows, LANES]
   Row* row;
   int32_t* offsets;  // [columns], tokens since the step's first; huge where there is none
-  Block* blocks;
   C* cleared;        // values of a block of which some are not to be read, for products that read all
+  Block* blocks;
+  [[maybe_unused]] Tiles tiles;
+  int tile_rows = 16;  // that they are configured for
 
   float* partial(int part, int head, int g) const {
     return call.partial + (int64_t(part) * s.num_heads + head * G + g) * (shape.E + 2);
   }
+  X* weights(int m) const { return (X*)(scores + m * score_row); }
+  int64_t weight_row() const { return score_row * int64_t(sizeof(float) / sizeof(X)); }
+
+  template <class S> const S* query(const Item& item, int head, int m) const {
+    return (const S*)call.q + (item.token + m / G) * call.q_token + (head * G + m % G) * call.q_head;
+  }
 
   template <class S> void begin(const Item& item, int head) {
-    M = item.num_tokens * G;
-    const int used = on_tiles ? ceil_to(M, M > 16 ? 32 : 16) : M;
-    std::memset((void*)queries, 0, sizeof(X) * used * D);
-    std::memset(out, 0, sizeof(float) * used * shape.E);
-    if (on_tiles) std::memset((void*)(weights + M * columns), 0, sizeof(X) * (used - M) * columns);
+    M = item.num_tokens * G, started = false;
+    if (on_tiles && tile_rows != std::min(M, 16)) tiles.configure(tile_rows = std::min(M, 16), 16);
     first = item.end, last = item.begin;
     for (int m = 0; m < M; m++) {
       const int position = item.position + m / G;
-      const S* q = (const S*)call.q + (item.token + m / G) * call.q_token + (head * G + m % G) * call.q_head;
-      for (int d = 0; d < s.head_dim; d++) queries[m * D + d] = converted<S, X>(q[d]);
-      row[m] = {-INF, 0, item.begin, std::min(item.end, s.causal ? position + 1 : item.length)};
+      const S* q = query<S>(item, head, m);
+      if constexpr (std::is_same_v<S, X>) std::memcpy((void*)(queries + m * D), q, sizeof(X) * s.head_dim);
+      else for (int d = 0; d < s.head_dim; d++) queries[m * D + d] = converted<S, X>(q[d]);
+      for (int d = s.head_dim; d < D; d++) queries[m * D + d] = X{};
+      row[m] = {-INF, item.begin, std::min(item.end, s.causal ? position + 1 : item.length)};
       if (s.window && !s.causal) row[m].high = std::min(row[m].high, position + s.window);
       if (s.window) row[m].low = std::max(row[m].low, position - s.window + 1);
       if (s.chunk) row[m].low = std::max(row[m].low, position / s.chunk * s.chunk);
       first = std::min(first, row[m].low), last = std::max(last, row[m].high);
+      store(totals + m * LANES, F32{});
     }
   }
 
   const C* block_of(const Item& item, int token) const {
     const int32_t* table = step.block_table + item.request * step.table_stride;
     return (const C*)(call.cache + table[token / s.block_size] * call.block_bytes);
+  }
+  const C* keys_of(const Item& item, int head, int token) const {
+    return block_of(item, token) + head * shape.key_head;
   }
 
   void find_blocks(const Item& item, int head, int at) {
@@ -303,55 +428,65 @@ template <class X, class C> class Tile {
       const C* block = block_of(item, from);
       blocks[b] = {block + head * shape.key_head, block + shape.values + head * shape.value_head,
                    std::min(s.block_size, last - from)};
-      if (on_tiles && from + s.block_size > item.length) {  // what was never written weighs nothing, but may be NaN
-        const int64_t kept = int64_t((item.length - from + 1) / 2) * shape.E * 2;
-        std::memcpy((void*)cleared, blocks[b].values, sizeof(C) * kept);
-        std::memset((void*)(cleared + kept), 0, sizeof(C) * (shape.value_head - kept));
-        if (item.length % 2)
-          for (int e = 1; e <= shape.E; e++) cleared[kept - 2 * e + 1] = C{};
-        blocks[b].values = cleared;
-      }
     }
+    begin_column = (std::max(first, at) - at) / s.block_size * shape.scores;
+    end_column = (std::min(last, at + span) - at + s.block_size - 1) / s.block_size * shape.scores;
   }
 
-  static void fetch(const C* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / int(sizeof(C))) __builtin_prefetch(from + i, 0, 2);
+  // Processors go on by themselves from the first lines of a page, with more under way than they let a program ask for.
+  static void fetch_start(const C* piece, int64_t count) {
+    for (int64_t page = 0; page < count * int64_t(sizeof(C)); page += 4096)
+      for (int line = 0; line < 8; line++) __builtin_prefetch((const char*)piece + page + line * 64, 0, 2);
   }
+
+  const C* first_values() const { return blocks[begin_column / shape.scores].values; }
 
   void multiply_keys() {
+#if defined(HAS_AMX)
+    if constexpr (std::is_same_v<X, bf16>) {
+      if (on_tiles) {
+        for (int b = 0; b < num_blocks; b++) {
+          if (!blocks[b].count) continue;
+          const bool more = b + 1 < num_blocks && blocks[b + 1].count;
+          more ? fetch_start(blocks[b + 1].keys, shape.key_head) : fetch_start(first_values(), shape.value_head);
+          for (int n = 0; n < shape.B; n += 32)
+            for (int m = 0; m < M; m += 32) M > 16 ? keys_on_tiles<true>(b, m, n) : keys_on_tiles<false>(b, m, n);
+        }
+        return;
+      }
+    }
+#endif
     for (int b = 0; b < num_blocks; b++) {
       if (!blocks[b].count) continue;
-      float* to = scores + b * shape.scores;
-#if defined(HAS_AMX)
-      if (on_tiles) {
-        if constexpr (std::is_same_v<X, bf16>) {
-          if (M <= 16) {
-            fetch(blocks[b].values, shape.value_head);
-            if (b + 1 < num_blocks && blocks[b + 1].count) fetch(blocks[b + 1].keys, shape.key_head);
-          }
-          for (int n = 0; n < shape.B; n += 32)
-            for (int m = 0; m < M; m += 32)
-              M > 16 ? keys_on_tiles<true>(b, m, n) : keys_on_tiles<false>(b, m, n);
-          continue;
-        }
-      }
-#endif
       Ahead<C> ahead;
       if (M <= MOST_ROWS && shape.D == shape.E)
         ahead = {blocks[b + (b + 1 < num_blocks && blocks[b + 1].count)].keys, blocks[b].values};
       const auto product = [&](auto& sums, int r, int c) {
         multiply(sums, queries + r * D, D, blocks[b].keys + c * LANES * PAIR<C>, shape.B * PAIR<C>, shape.D, ahead);
       };
-      over_rows(to, columns, shape.scores / LANES, false, product);
+      over_rows(scores + b * shape.scores, score_row, shape.scores / LANES, false, product);
     }
   }
 
-  void multiply_values() {
+  // `then` are keys that will be read next, or null.
+  void multiply_values(const Item& item, int at, const C* then) {
 #if defined(HAS_AMX)
-    if (on_tiles) {
-      if constexpr (std::is_same_v<X, bf16>) {
-        for (int e = 0; e < shape.E; e += 32)
-          for (int m = 0; m < M; m += 32) M > 16 ? values_on_tiles<true>(m, e) : values_on_tiles<false>(m, e);
+    if constexpr (std::is_same_v<X, bf16>) {
+      if (on_tiles) {
+        if (M > 16) {
+          for (int b = 0; b < num_blocks; b++) clear_unwritten(b, item, at);
+          for (int e = 0; e < shape.E; e += 32)
+            for (int m = 0; m < M; m += 32) values_on_tiles<true>(m, e, 0, num_blocks);
+          return;
+        }
+        for (int b = 0; b < num_blocks; b++) {
+          if (!blocks[b].count) continue;
+          if (b + 1 < num_blocks && blocks[b + 1].count) fetch_start(blocks[b + 1].values, shape.value_head);
+          else if (then) fetch_start(then, shape.key_head);
+          clear_unwritten(b, item, at);
+          for (int e = 0; e < shape.E; e += 32) values_on_tiles<false>(0, e, b, b + 1);
+          started = true;
+        }
         return;
       }
     }
@@ -359,10 +494,10 @@ template <class X, class C> class Tile {
     const auto product = [&](auto& sums, int r, int c) {
       for (int b = 0; b < num_blocks; b++)
         if (blocks[b].count)
-          multiply(sums, weights + r * columns + b * shape.scores, columns, blocks[b].values + c * LANES * PAIR<C>,
+          multiply(sums, weights(r) + b * shape.scores, weight_row(), blocks[b].values + c * LANES * PAIR<C>,
                    shape.E * PAIR<C>, blocks[b].count);
     };
-    over_rows(out, shape.E, shape.E / LANES, true, product);
+    over_rows(out, out_row, shape.E / LANES, started, product);
   }
 
   // Cut [M, num vectors] into pieces that fit into registers, and let `product` add to each; `to` is where sums are.
@@ -398,55 +533,82 @@ template <class X, class C> class Tile {
   template <bool TWO> void keys_on_tiles(int b, int m, int n) {
     clear_sums<TWO>();
     multiply_tiles<TWO>(queries + m * D, D, blocks[b].keys + n * 2, shape.B * 2, shape.D);
-    store_sums<TWO>(scores + m * columns + b * shape.scores + n, columns);
+    store_sums<TWO>(scores + m * score_row + b * shape.scores + n, score_row);
   }
-  template <bool TWO> void values_on_tiles(int m, int e) {
-    load_sums<TWO>(out + m * shape.E + e, shape.E);
-    for (int b = 0; b < num_blocks; b++)
-      multiply_tiles<TWO>(weights + m * columns + b * shape.scores, columns, blocks[b].values + e * 2, shape.E * 2,
+  template <bool TWO> void values_on_tiles(int m, int e, int begin, int end) {
+    float* sums = out + m * out_row + e;
+    started ? load_sums<TWO>(sums, out_row) : clear_sums<TWO>();
+    for (int b = begin; b < end; b++)
+      multiply_tiles<TWO>(weights(m) + b * shape.scores, weight_row(), blocks[b].values + e * 2, shape.E * 2,
                           ceil_to(blocks[b].count, 32));
-    store_sums<TWO>(out + m * shape.E + e, shape.E);
+    store_sums<TWO>(sums, out_row);
   }
 #endif
 
+  // What was never written weighs nothing, but may be NaN.
+  void clear_unwritten(int b, const Item& item, int at) {
+    const int written = item.length - (at + b * s.block_size);
+    if (!blocks[b].count || written >= s.block_size) return;
+    const int64_t kept = int64_t((written + 1) / 2) * shape.E * 2;
+    std::memcpy((void*)cleared, blocks[b].values, sizeof(C) * kept);
+    std::memset((void*)(cleared + kept), 0, sizeof(C) * (shape.value_head - kept));
+    if (written % 2)
+      for (int e = 1; e <= shape.E; e++) cleared[kept - 2 * e + 1] = C{};
+    blocks[b].values = cleared;
+  }
+
   // From row m's products to weights: scale, cap, bias, mask, and the softmax so far.
-  void weigh(Row& row, int m, int at, int position, int head) {
-    float *score = scores + m * columns, *sum = out + m * shape.E;
-    X* weight = weights + m * columns;
+  void weigh(int m, int at, int position, int head) {
+    Row& row = this->row[m];
+    float *score = scores + m * score_row, *sum = out + m * out_row;
     const bool plain = s.softcap == 0 && !call.slopes && s.scale > 0;  // the scale can wait
     const float scale = plain ? s.scale : 1;
-    F32 most = splat(-INF);
-    for (int b = 0; b < num_blocks; b++) {
-      if (!blocks[b].count) continue;
-      const int begin = b * shape.scores, from = at + b * s.block_size;
-      const bool whole = row.low <= from && from + s.block_size <= row.high && shape.scores == s.block_size;
-      for (int c = begin; c < begin + shape.scores; c += LANES) {
+    int from = begin_column, to = begin_column;  // between these every score is seen, and plain
+    if (plain && shape.scores == s.block_size) {
+      from = std::clamp(ceil_to(row.low - at, LANES), begin_column, end_column);
+      to = std::clamp((row.high - at) / LANES * LANES, from, end_column);
+    }
+    F32 most = splat(-INF), other = most;
+    const auto mask = [&](int begin, int end) {
+      for (int c = begin; c < end; c += LANES) {
+        const I32 key = load_raw<I32>(offsets + c) + at;
         F32 x = load(score + c);
-        if (!plain || !whole) {
-          const I32 key = load_raw<I32>(offsets + c) + at;
-          if (!plain) x = changed(x, key - position, head * G + m % G);
-          x = ((key >= row.low) & (key < row.high)) ? x : splat(-INF);
-          store(score + c, x);
-        }
+        if (!plain) x = changed(x, key - position, head * G + m % G);
+        x = ((key >= row.low) & (key < row.high)) ? x : splat(-INF);
+        store(score + c, x);
         most = max(most, x);
       }
-    }
-    const float maximum = std::max(row.maximum, largest(most) * scale);
-    const bool empty = maximum == -INF;
-    const float factor = row.maximum == -INF ? 0 : std::exp(row.maximum - maximum);
-    F32 total = F32{};
-    for (int b = 0; b < num_blocks; b++) {
-      if (!blocks[b].count) continue;
-      for (int c = b * shape.scores; c < (b + 1) * shape.scores; c += LANES) {
-        const F32 p = empty ? F32{} : exp(load(score + c) * scale - maximum);
-        total += p;
-        store(weight + c, p);
-      }
-    }
+    };
+    mask(begin_column, from);
+    int c = from;
+    for (; c + 2 * LANES <= to; c += 2 * LANES)
+      most = max(most, load(score + c)), other = max(other, load(score + c + LANES));
+    if (c < to) most = max(most, load(score + c));
+    mask(to, end_column);
+    const float maximum = std::max(row.maximum, largest(max(most, other)) * scale);
+    const float factor = row.maximum == maximum ? 1 : row.maximum == -INF ? 0 : std::exp(row.maximum - maximum);
     row.maximum = maximum;
-    row.sum = row.sum * factor + ::sum(total);
-    if (factor != 1)
+    F32 total = load(totals + m * LANES) * factor;
+    to_weights(weights(m), score, Exponent<X>(scale, maximum == -INF ? 0 : maximum), total);
+    store(totals + m * LANES, total);
+    if (started && factor != 1)
       for (int e = 0; e < shape.E; e += LANES) store(sum + e, load(sum + e) * factor);
+  }
+
+  void to_weights(X* weight, const float* score, const Exponent<X> exponent, F32& total) const {
+    F32 other = F32{};
+    int c = begin_column;
+    for (; c + 2 * LANES <= end_column; c += 2 * LANES) {
+      const F32 a = exponent(load(score + c)), b = exponent(load(score + c + LANES));
+      total += a, other += b;
+      store(weight + c, a), store(weight + c + LANES, b);
+    }
+    for (; c < end_column; c += LANES) {
+      const F32 a = exponent(load(score + c));
+      total += a;
+      store(weight + c, a);
+    }
+    total += other;
   }
 
   // Scaled scores, with what makes them other than products.
@@ -464,16 +626,16 @@ template <class X, class C> class Tile {
     return bias;
   }
 
-  void keep(const Item& item, int head, int m) {
+  void keep(const Item& item, int head, int m, float sum) {
     float* to = partial(item.part, head, m);
-    std::memcpy(to, out + m * shape.E, sizeof(float) * shape.E);
+    std::memcpy(to, out + m * out_row, sizeof(float) * shape.E);
     to[shape.E] = row[m].maximum;
-    to[shape.E + 1] = row[m].sum;
+    to[shape.E + 1] = sum;
   }
 
-  template <class S> void finish(const Item& item, int head, int m) {
+  template <class S> void finish(const Item& item, int head, int m, float sum) {
     const int64_t token = item.token + m / G, h = head * G + m % G;
-    float maximum = row[m].maximum, sum = row[m].sum, factor = 1;
+    float maximum = row[m].maximum, factor = 1;
     if (call.sinks && call.sinks[h] != -INF) {
       const float with = std::max(maximum, call.sinks[h]);
       factor = std::exp(maximum - with);
@@ -481,11 +643,12 @@ template <class X, class C> class Tile {
       maximum = with;
     }
     if (call.lse) call.lse[token * call.lse_token + h] = maximum + std::log(sum);
+    const float* from = out + m * out_row;
     S* to = (S*)call.out + token * call.out_token + h * call.out_head;
     factor /= sum;
     int e = 0;
-    for (; e + LANES <= s.v_head_dim; e += LANES) store(to + e, load(out + m * shape.E + e) * factor);
-    for (; e < s.v_head_dim; e++) from_float(out[m * shape.E + e] * factor, to + e);
+    for (; e + LANES <= s.v_head_dim; e += LANES) store(to + e, load(from + e) * factor);
+    for (; e < s.v_head_dim; e++) from_float(from[e] * factor, to + e);
   }
 };
 
@@ -498,19 +661,20 @@ template <class S, class C> void attend(const Spec& s, const Step& step, const C
     cut |= step.items[i].merges;
   }
   const int64_t num = step.num_items * s.num_kv_heads;
-  const int64_t piece = step.num_items < 4 * s.num_threads ? 1 : s.num_kv_heads;  // heads of a block are neighbours
+  Work work(num, s.num_threads);
+  tiles_allowed();  // asked for before other threads need them
 #pragma omp parallel num_threads(s.num_threads)
   {
     if (call.k) write<S, C>(s, step, call);  // ends with a barrier
     Tile<X, C> tile(s, step, call, most_tokens);
-    [[maybe_unused]] Tiles configured;
-#pragma omp for schedule(dynamic, piece)
-    for (int64_t i = 0; i < num; i++) {
-      const int64_t j = i + 1;
-      const Item* next = j < num && j % piece ? &step.items[j / s.num_kv_heads] : nullptr;
-      tile.template run<S>(step.items[i / s.num_kv_heads], int(i % s.num_kv_heads), next, int(j % s.num_kv_heads));
+    int range = omp_get_thread_num();
+    for (int64_t i; (i = work.take(range)) >= 0;) {  // a head's items follow one another, as they read the same
+      const int64_t j = work.peek(range);
+      const Item* next = j < 0 ? nullptr : &step.items[j % step.num_items];
+      tile.template run<S>(step.items[i % step.num_items], int(i / step.num_items), next, int(j / step.num_items));
     }
     if (cut) {
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < num; i++) {
         const Item& item = step.items[i / s.num_kv_heads];

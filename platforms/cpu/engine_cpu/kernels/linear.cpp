@@ -4,20 +4,32 @@
 //
 //     [N' / 32][K' / 2][32][2]      a vector is a pair of k for several outputs; 32 k of a panel are two tiles
 //
-// Rows are read as they lie where there are few, else in groups of 32:
+// Rows are read as they lie where there are few and nothing comes before, else in groups of 32, or of all if they are fewer:
 //
 //     [M' / 32][K' / 32][32][32]    32 k of a group are two tiles
 //
 // An output is summed over k in order and by itself, so a row's bits depend neither on other rows nor on threads.
 
 #include "products.h"
+#include "rows.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+// Large pages for memory that was not touched yet, where the system has them: fewer look-ups of addresses.
+extern "C" void engine_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 1 << 12, from = (uintptr_t(data) + page - 1) / page * page, to = (uintptr_t(data) + bytes) / page * page;
+  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 namespace {
 
@@ -29,6 +41,21 @@ struct Product {  // the same as `_Product` in linear.py
 
 using X = std::conditional_t<MULTIPLIES_BF16, bf16, float>;  // what rows are made of
 
+// A product with what comes before and after it in a model.
+struct Call {
+  const Product* product;
+  int64_t rows;
+  const bf16* x;         // [M][K], or null where the rows are packed already
+  bf16* out;             // [M][N], or [M][N / 2] where gated; null where the next product takes it
+  X* packed;             // what `out` is for the next product: rows in groups
+  const bf16* norm;      // weight [K] of an RMS norm of the rows, or null
+  const bf16* residual;  // [M][N] that is added, or null
+  float eps;
+  bool gated;            // silu(the first half of the outputs) * the second; both are whole panels
+  int num_threads;
+};
+
+
 struct Rows {
   const X* data;
   int64_t row, group, step;  // elements from row to row, from 32 rows to the next, from 32 k to the next
@@ -38,16 +65,16 @@ constexpr int PANEL = 32, GROUP = 32, STEP = 32, LINE = 64;
 
 // Rows that stay in a core's second cache while panels pass by, and how many groups at most; how much of a panel, in
 // steps of 32 k, stays in its first cache while several groups pass by.
-constexpr int64_t CACHE = 1 << 20, MOST_GROUPS = 32, BLOCK = 8;
+constexpr int64_t CACHE = 3 << 18, MOST_GROUPS = 16, BLOCK = 8;
 
 constexpr int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory that will be read soon, fetched some lines a step.
+// Memory that will be read soon, fetched some lines a step; where it is read in order, the processor finds those between.
 struct Ahead {
   const char* next;
-  int lines;
+  int lines, apart;
   INLINE void fetch() {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(next + i * LINE, 0, 2);
+    for (int i = 0; i < lines; i += apart) __builtin_prefetch(next + i * LINE, 0, 2);
     next += lines * LINE;
   }
 };
@@ -102,41 +129,110 @@ void multiply(const Rows& x, const X* rows, int count, const bf16* panel, int64_
     multiply_vectors<1>(x, rows + m * x.row, panel, steps, first, ahead, sums + m * PANEL);
 }
 
-void store_rows(const Product& p, const float* sums, int rows, int64_t n, bf16* out) {
-  const int count = int(std::min<int64_t>(PANEL, p.outputs - n));
-  const bf16* bias = p.bias ? p.bias + n : nullptr;
-  for (int m = 0; m < rows; m++, sums += PANEL, out += p.outputs) {
-    int j = 0;
-    for (; j + LANES <= count; j += LANES) store(out + n + j, bias ? load(sums + j) + load(bias + j) : load(sums + j));
-    for (; j < count; j++) from_float(bias ? sums[j] + to_float(bias[j]) : sums[j], out + n + j);
+// How many rows a group of packed rows has.
+INLINE int64_t together(int64_t rows) { return std::min<int64_t>(rows, GROUP); }
+
+// `count` columns of a row, as many as a vector would have, beyond which nothing is touched.
+INLINE F32 load_some(const bf16* p, int count) {
+  if (count >= LANES) return load(p);
+  bf16 whole[LANES] = {};
+  std::memcpy(whole, p, std::max(count, 0) * sizeof(bf16));
+  return load(whole);
+}
+INLINE void store_some(bf16* p, F32 v, int count) {
+  if (count >= LANES) return store(p, v);
+  bf16 whole[LANES];
+  store(whole, v);
+  std::memcpy(p, whole, std::max(count, 0) * sizeof(bf16));
+}
+
+// Sums [rows][32] of the outputs from n on, and `more` of those half of all outputs later where gated, to rows from m on.
+template <bool GATED, bool ADDED, bool WHOLE>
+void finish(const Call& c, const float* sums, const float* more, int rows, int64_t m, int64_t n) {
+  constexpr int V = PANEL / LANES;
+  const Product& p = *c.product;
+  const int64_t half = p.outputs / 2, stride = GATED ? half : p.outputs;
+  const int count = WHOLE ? PANEL : int(stride - n);
+  F32 bias[2][V] = {};
+  for (int j = 0; j < V && p.bias; j++) {
+    bias[0][j] = load_some(p.bias + n + j * LANES, count - j * LANES);
+    if (GATED) bias[1][j] = load(p.bias + half + n + j * LANES);
+  }
+  // Where the next product takes them, rows of a panel lie together.
+  bf16* out = c.out ? c.out + m * stride + n : nullptr;
+  X* packed = c.packed ? c.packed + m * stride + n * together(c.rows) : nullptr;
+  const bf16* residual = ADDED ? c.residual + m * stride + n : nullptr;
+  for (int i = 0; i < rows; i++, sums += PANEL, more += PANEL)
+    for (int j = 0; j < V; j++) {
+      const int64_t at = i * stride + j * LANES;
+      const int some = WHOLE ? LANES : count - j * LANES;
+      F32 v = load(sums + j * LANES) + bias[0][j];
+      if (GATED) v = rounded<bf16>(silu(rounded<bf16>(v))) * rounded<bf16>(load(more + j * LANES) + bias[1][j]);
+      if (ADDED) v = rounded<bf16>(v) + load_some(residual + at, some);
+      if (packed) store(packed + i * PANEL + j * LANES, rounded<bf16>(v));
+      else store_some(out + at, v, some);
+    }
+}
+
+void finish_rows(const Call& c, const float* sums, const float* more, int rows, int64_t m, int64_t n) {
+  const bool whole = n + PANEL <= c.product->outputs;
+  if (c.gated) finish<true, false, true>(c, sums, more, rows, m, n);
+  else if (c.residual && whole) finish<false, true, true>(c, sums, more, rows, m, n);
+  else if (c.residual) finish<false, true, false>(c, sums, more, rows, m, n);
+  else if (whole) finish<false, false, true>(c, sums, more, rows, m, n);
+  else finish<false, false, false>(c, sums, more, rows, m, n);
+}
+
+// Rows as X in groups, where they do not lie so already; each thread of a team does some, and waits for the others.
+void pack_rows(const Call& c, X* packed) {
+  const int64_t inputs = c.product->width, width = ceil_to(inputs, STEP);
+  std::vector<bf16> normed(c.norm ? inputs : 0);
+#pragma omp for schedule(static)
+  for (int64_t m = 0; m < c.rows; m++) {
+    const bf16* from = c.x + m * inputs;
+    if (c.norm) {
+      norm_row(from, c.norm, inputs, c.eps, normed.data());
+      from = normed.data();
+    }
+    X* to = packed + m / GROUP * GROUP * width + m % GROUP * STEP;
+    int64_t k = 0;
+    for (; k + STEP <= inputs; k += STEP, to += together(c.rows) * STEP)
+      for (int i = 0; i < STEP; i++) to[i] = converted<bf16, X>(from[k + i]);
+    for (int i = 0; k < width && i < STEP; i++) to[i] = k + i < inputs ? converted<bf16, X>(from[k + i]) : X{};
   }
 }
 
 // Threads share the panels. Where rows are more than a core's cache holds, panels pass by several times.
-void run(const Product& p, const Rows& x, int64_t rows, bf16* out, int num_threads) {
-  const int64_t width = ceil_to(p.width, STEP), steps = width / STEP, panels = (p.outputs + PANEL - 1) / PANEL;
+void run(const Call& c, const Rows& x, X* packed) {
+  const Product& p = *c.product;
+  const int64_t width = ceil_to(p.width, STEP), steps = width / STEP, rows = c.rows;
+  const int64_t panels = (p.outputs + PANEL - 1) / PANEL, parts = c.gated ? 2 : 1;
   const int64_t most = std::clamp<int64_t>(CACHE / (GROUP * width * int64_t(sizeof(X))), 1, MOST_GROUPS);
   const int64_t groups = (rows + GROUP - 1) / GROUP, passes = (groups + most - 1) / most;
   const int first = int(std::min<int64_t>(16, rows)), second = int(std::clamp<int64_t>(rows - 16, 1, 16));
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(c.num_threads)
   {
+    if (packed && c.x) pack_rows(c, packed);
     [[maybe_unused]] Tiles configured(first, second);
-    alignas(LINE) float sums[MOST_GROUPS * GROUP * PANEL];
+    alignas(LINE) float sums[2][MOST_GROUPS * GROUP * PANEL];
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t begin = groups * pass / passes, end = groups * (pass + 1) / passes;
       const int64_t block = end - begin > 1 ? BLOCK : steps;
       const int lines = int((STEP * PANEL * 2 / LINE + end - begin - 1) / (end - begin));
 #pragma omp for schedule(static) nowait
-      for (int64_t n = 0; n < panels; n++) {
-        const bf16* panel = p.weight + n * width * PANEL;
-        for (int64_t k = 0; k < steps; k += block, panel += block * PANEL * STEP) {
-          const int64_t length = std::min(block, steps - k);
-          Ahead ahead = {(const char*)(panel + BLOCK * PANEL * STEP), lines};  // each group fetches a part of what follows
-          for (int64_t g = begin; g < end; g++, ahead.next += length * lines * LINE) {
-            const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
-            float* to = sums + (g - begin) * GROUP * PANEL;
-            multiply(x, x.data + g * x.group + k * x.step, count, panel, length, k == 0, ahead, to);
-            if (k + length == steps) store_rows(p, to, count, n * PANEL, out + g * GROUP * p.outputs);
+      for (int64_t n = 0; n < panels / parts; n++) {
+        for (int64_t part = 0; part < parts; part++) {
+          const bf16* panel = p.weight + (n + part * panels / 2) * width * PANEL;
+          for (int64_t k = 0; k < steps; k += block, panel += block * PANEL * STEP) {
+            const int64_t length = std::min(block, steps - k);
+            Ahead ahead = {(const char*)(panel + BLOCK * PANEL * STEP), lines, end - begin > 1 ? 1 : 4};  // each group fetches a part of what follows
+            for (int64_t g = begin; g < end; g++, ahead.next += length * lines * LINE) {
+              const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
+              const int64_t at = (g - begin) * GROUP * PANEL;
+              multiply(x, x.data + g * x.group + k * x.step, count, panel, length, k == 0, ahead, sums[part] + at);
+              if (k + length == steps && part + 1 == parts)
+                finish_rows(c, sums[0] + at, sums[1] + at, count, g * GROUP, n * PANEL);
+            }
           }
         }
       }
@@ -144,17 +240,25 @@ void run(const Product& p, const Rows& x, int64_t rows, bf16* out, int num_threa
   }
 }
 
-}  // namespace
+// Memory for packed rows, kept from call to call.
+struct Workspace {
+  X* data = nullptr;
+  size_t bytes = 0;
+  ~Workspace() { std::free(data); }
+  X* take(int64_t rows, int64_t width) {
+    constexpr size_t PAGE = 1 << 21;
+    const size_t needed = ceil_to(ceil_to(rows, GROUP) * width * sizeof(X), PAGE);
+    if (bytes < needed) {
+      std::free(data);
+      data = (X*)std::aligned_alloc(PAGE, needed);
+      bytes = needed;
+      engine_large_pages(data, bytes);
+    }
+    return data;
+  }
+};
 
-// Large pages for memory that was not touched yet, where the system has them: fewer look-ups of addresses.
-extern "C" void engine_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = 1 << 12, from = (uintptr_t(data) + page - 1) / page * page, to = (uintptr_t(data) + bytes) / page * page;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
+}  // namespace
 
 // weight [N][K] -> packed.
 extern "C" void engine_pack(const void* weight_, int64_t outputs, int64_t width, void* packed_, int32_t num_threads) {
@@ -171,31 +275,34 @@ extern "C" void engine_pack(const void* weight_, int64_t outputs, int64_t width,
   }
 }
 
-// x [M][K] of bf16 -> out [M][N].
-extern "C" void engine_linear(const Product* p, const void* x_, int64_t rows, void* out, int32_t num_threads) {
-  const bf16* x = (const bf16*)x_;
-  const int64_t width = ceil_to(p->width, STEP), groups = (rows + GROUP - 1) / GROUP;
+// x [M][K] -> out; see `Call`.
+extern "C" void engine_linear(const Product* p, const bf16* x, int64_t rows, bf16* out, const bf16* norm, float eps,
+                              const bf16* residual, int32_t num_threads) {
   if (rows == 0) return;
   tiles_allowed();  // asked for before other threads need them
-  if (MULTIPLIES_BF16 && rows <= GROUP && p->width == width)
-    return run(*p, {(const X*)x, width, 0, STEP}, rows, (bf16*)out, num_threads);
-  thread_local std::vector<X> memory;
-  const size_t needed = groups * GROUP * width + LINE;
-  if (memory.size() < needed) memory.resize(needed);
-  X* const packed = (X*)((uintptr_t(memory.data()) + LINE - 1) / LINE * LINE);
-#pragma omp parallel for schedule(static) num_threads(rows * width < 1 << 16 ? 1 : num_threads)
-  for (int64_t m = 0; m < groups * GROUP; m++) {
-    X* to = packed + m / GROUP * GROUP * width + m % GROUP * STEP;
-    for (int64_t k = 0; k < width; k += STEP, to += GROUP * STEP) {
-      const bf16* from = x + m * p->width + k;
-      if (m < rows && k + STEP <= p->width) {
-        for (int i = 0; i < STEP; i++) to[i] = converted<bf16, X>(from[i]);
-      } else {
-        for (int i = 0; i < STEP; i++) to[i] = m < rows && k + i < p->width ? converted<bf16, X>(from[i]) : X{};
-      }
-    }
-  }
-  run(*p, {packed, STEP, GROUP * width, GROUP * STEP}, rows, (bf16*)out, num_threads);
+  const Call call = {p, rows, x, out, nullptr, norm, residual, eps, false, num_threads};
+  const int64_t width = ceil_to(p->width, STEP);
+  if (MULTIPLIES_BF16 && rows <= GROUP && p->width == width && !norm)
+    return run(call, {(const X*)x, width, 0, STEP}, nullptr);
+  thread_local Workspace workspace;
+  X* const packed = workspace.take(rows, width);
+  run(call, {packed, STEP, GROUP * width, together(rows) * STEP}, packed);
+}
+
+// x [M][K] -> out [M][K], x + down(silu(gate) * up), where gate_up makes both of the norm of x. Both halves of its
+// outputs are whole panels.
+extern "C" void engine_gated(const Product* gate_up, const Product* down, const bf16* x, int64_t rows, bf16* out,
+                             const bf16* norm, float eps, int32_t num_threads) {
+  if (rows == 0) return;
+  tiles_allowed();
+  thread_local Workspace before, between;
+  const int64_t width = ceil_to(gate_up->width, STEP);
+  X* const first = before.take(rows, width);
+  X* const second = between.take(rows, down->width);
+  run({gate_up, rows, x, nullptr, second, norm, nullptr, eps, true, num_threads},
+      {first, STEP, GROUP * width, together(rows) * STEP}, first);
+  run({down, rows, nullptr, out, nullptr, nullptr, x, 0, false, num_threads},
+      {second, STEP, GROUP * down->width, together(rows) * STEP}, nullptr);
 }
 
 // Rows `ids` of a packed weight -> out [count][K]. Gives how many ids are none of its rows; their rows of out are left.

@@ -1,6 +1,7 @@
 // Operations on rows, each in one pass over memory.
 
 #include "products.h"
+#include "rows.h"
 
 #include <type_traits>
 
@@ -36,61 +37,50 @@ template <class F> void each_row(const Shape& shape, F&& f) {
 }
 
 template <class T> void rms_norm(const Shape& shape, const Rows& x, const T* weight, T* out, float eps) {
-  const int64_t width = shape.width, whole = width / LANES * LANES;
-  each_row(shape, [&](int64_t i) {
-    const T* from = row<T>(x, shape, i);
-    T* to = out + i * width;
-    F32 squares = F32{};
-    for (int64_t d = 0; d < whole; d += LANES) squares += load(from + d) * load(from + d);
-    float total = sum(squares);
-    for (int64_t d = whole; d < width; d++) total += to_float(from[d]) * to_float(from[d]);
-    const float factor = 1 / std::sqrt(total / float(width) + eps);
-    T rounded[LANES];  // once before the weight, as models do
-    for (int64_t d = 0; d < whole; d += LANES) {
-      store(rounded, load(from + d) * factor);
-      store(to + d, load(rounded) * load(weight + d));
-    }
-    for (int64_t d = whole; d < width; d++) {
-      from_float(to_float(from[d]) * factor, rounded);
-      from_float(to_float(rounded[0]) * to_float(weight[d]), to + d);
-    }
-  });
+  each_row(shape, [&](int64_t i) { norm_row(row<T>(x, shape, i), weight, shape.width, eps, out + i * shape.width); });
 }
 
 template <class T> void silu_and_mul(const Shape& shape, const Rows& gate, const Rows& up, T* out) {
   const int64_t width = shape.width, whole = width / LANES * LANES;
   each_row(shape, [&](int64_t i) {
     const T *g = row<T>(gate, shape, i), *u = row<T>(up, shape, i);
-    T *to = out + i * width, rounded[LANES];
-    const auto activated = [](F32 x) { return x / (1.0f + exp(-x)); };
-    for (int64_t d = 0; d < whole; d += LANES) {
-      store(rounded, activated(load(g + d)));
-      store(to + d, load(rounded) * load(u + d));
-    }
+    T* to = out + i * width;
+    for (int64_t d = 0; d < whole; d += LANES) store(to + d, rounded<T>(silu(load(g + d))) * load(u + d));
     for (int64_t d = whole; d < width; d++) {
-      from_float(activated(splat(to_float(g[d])))[0], rounded);
-      from_float(to_float(rounded[0]) * to_float(u[d]), to + d);
+      T once;
+      from_float(silu(splat(to_float(g[d])))[0], &once);
+      from_float(to_float(once) * to_float(u[d]), to + d);
     }
   });
 }
 
-// Halves of the rows of x [heads, tokens, width] turned against each other, by cos and sin [tokens][width]; `out` is
-// [tokens][heads][width].
+// Rows of x [heads, tokens, width] turned by cos and sin [tokens][width]; `out` is [tokens][heads][width].
 template <class T> void rotary(const Shape& shape, const Rows& x, const T* cos, const T* sin, T* out) {
-  const int64_t width = shape.width, half = width / 2, whole = half / LANES * LANES;
+  const int64_t width = shape.width;
   each_row(shape, [&](int64_t i) {
     const int64_t head = i / shape.inner, token = i % shape.inner;
-    const T *a = row<T>(x, shape, i), *b = a + half, *c = cos + token * width, *s = sin + token * width;
     T* to = out + (token * shape.outer + head) * width;
-    for (int64_t d = 0; d < whole; d += LANES) {
-      const F32 first = load(a + d), second = load(b + d);
-      store(to + d, first * load(c + d) - second * load(s + d));
-      store(to + half + d, second * load(c + half + d) + first * load(s + half + d));
-    }
-    for (int64_t d = whole; d < half; d++) {
-      const float first = to_float(a[d]), second = to_float(b[d]);
-      from_float(first * to_float(c[d]) - second * to_float(s[d]), to + d);
-      from_float(second * to_float(c[half + d]) + first * to_float(s[half + d]), to + half + d);
+    turn_row(row<T>(x, shape, i), cos + token * width, sin + token * width, width, to);
+  });
+}
+
+struct Heads {  // the same as `_Heads` in operations.py
+  int64_t queries, keys, width;          // a token has queries, keys and as many values, of `width` each
+  const void *query_norm, *key_norm;     // weights [width], or null
+  float query_eps, key_eps;
+};
+
+// Queries and keys of x [tokens][heads][width] normed, and turned, where they lie.
+template <class T>
+void prepare(const Heads& h, int64_t tokens, const T* cos, const T* sin, T* x, int32_t num_threads) {
+  const int64_t turned = h.queries + h.keys, stride = (turned + h.keys) * h.width;
+  each_row({1, tokens, turned * h.width, num_threads}, [&](int64_t token) {
+    T* at = x + token * stride;
+    for (int64_t head = 0; head < turned; head++, at += h.width) {
+      const bool query = head < h.queries;
+      const T* norm = (const T*)(query ? h.query_norm : h.key_norm);
+      if (norm) norm_row(at, norm, h.width, query ? h.query_eps : h.key_eps, at);
+      turn_row(at, cos + token * h.width, sin + token * h.width, h.width, at);
     }
   });
 }
@@ -121,5 +111,13 @@ extern "C" void engine_rotary(const void* x, const void* cos, const void* sin, v
   with_type(dtype, [&](auto* of) {
     using T = std::remove_reference_t<decltype(*of)>;
     rotary({heads, tokens, width, num_threads}, {x, head_stride, token_stride}, (const T*)cos, (const T*)sin, (T*)out);
+  });
+}
+
+extern "C" void engine_prepare(const Heads* heads, void* x, const void* cos, const void* sin, int64_t tokens,
+                               int32_t dtype, int32_t num_threads) {
+  with_type(dtype, [&](auto* of) {
+    using T = std::remove_reference_t<decltype(*of)>;
+    prepare(*heads, tokens, (const T*)cos, (const T*)sin, (T*)x, num_threads);
   });
 }

@@ -18,6 +18,11 @@ constexpr bool MULTIPLIES_BF16 = true;
 INLINE F32 dot_pairs(F32 sum, uint32_t pair, U32 columns) {
   return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(pair)), (__m512bh)columns);
 }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool MULTIPLIES_BF16 = true;
+INLINE F32 dot_pairs(F32 sum, uint32_t pair, U32 columns) {
+  return (F32)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)vdupq_n_u32(pair), (bfloat16x8_t)columns);
+}
 #else
 constexpr bool MULTIPLIES_BF16 = false;
 INLINE F32 dot_pairs(F32 sum, uint32_t, U32) { return sum; }
@@ -68,7 +73,8 @@ inline bool tiles_allowed() {
   return allowed;
 }
 struct Tiles {  // configured while it lives
-  Tiles(int first = 16, int second = 16) {
+  Tiles(int first = 16, int second = 16) { configure(first, second); }
+  void configure(int first, int second) {
     alignas(64) uint8_t config[64] = {1};
     const int rows[8] = {first, first, second, second, first, second, 16, 16};
     for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = uint8_t(rows[i]);
@@ -119,5 +125,5 @@ template <bool TWO> INLINE void store_sums(float* sums, int64_t stride) {
 }
 #else
 inline bool tiles_allowed() { return false; }
-struct Tiles { Tiles(int = 16, int = 16) {} ~Tiles() {} };
+struct Tiles { Tiles(int = 16, int = 16) {} ~Tiles() {} void configure(int, int) {} };
 #endif

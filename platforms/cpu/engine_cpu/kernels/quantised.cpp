@@ -10,8 +10,9 @@
 //
 //     piece     [k / P][32][P]
 //
-// which rows are multiplied with; the sums of each group are scaled, in float, and added. All rows take this one way, and
-// an output is summed in one order, so a row's bits depend neither on other rows nor on threads.
+// which rows are multiplied with; the sums of each group are scaled, in float, and added. A piece has several groups, or a
+// group several pieces. All rows take this one way, and an output is summed in one order, so a row's bits depend neither on
+// other rows nor on threads.
 
 #include "products.h"
 
@@ -28,9 +29,9 @@ struct Weight {  // the same as `_Weight` in quantised.py
 };
 
 constexpr int PANEL = 32, GROUP = 32, STEP = 32, LINE = 64;
-constexpr int PIECE = 128;          // k of a panel that are numbers at a time
+constexpr int PIECE = 256;          // k of a panel that are numbers at a time
 constexpr int AHEAD = 1 << 14;      // bytes between what is read and what is fetched
-constexpr int64_t CACHE = 1 << 20;  // bytes of rows that stay in a core's cache while panels pass by
+constexpr int64_t CACHE = 1 << 20, MOST_GROUPS = 16;  // of rows that stay in a core's cache while panels pass by: bytes, and at most
 constexpr int VECTORS = PANEL / LANES;
 
 int64_t row_bytes(const Weight& w) { return w.width * w.bits / 8; }
@@ -90,6 +91,16 @@ INLINE void widen_piece(const Weight& w, const uint8_t* codes, int count, bf16* 
       _mm512_storeu_si512(to + n * 2 + PANEL * 6, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
     }
 }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+INLINE void widen_piece(const Weight& w, const uint8_t* codes, int count, bf16* to) {
+  float numbers[8 * PANEL];  // which have no bits that bf16 lacks
+  for (int k = 0; k < count; k += 8, codes += PANEL * w.bits, to += PANEL * 8) {
+    widen_piece(w, codes, 8, numbers);
+    for (int i = 0; i < 8 * PANEL; i += 2 * PANEL)
+      for (int n = i; n < i + PANEL; n += LANES)
+        store_raw(to + n * 2 - i, load_raw<U32>(numbers + n) >> 16 | (load_raw<U32>(numbers + n + PANEL) & 0xffff0000u));
+  }
+}
 #endif
 
 template <class X> struct Rows {
@@ -98,10 +109,11 @@ template <class X> struct Rows {
 };
 
 #if defined(HAS_AMX)
-// sums [32 or 16][32] = rows x piece.
+// sums [32 or 16][32] = rows x piece, added to what is there unless it is the first of a group.
 template <bool TWO>
-INLINE void multiply_tiles(const Rows<bf16>& x, const bf16* rows, const bf16* piece, int steps, float* sums) {
-  clear_sums<TWO>();
+INLINE void multiply_tiles(const Rows<bf16>& x, const bf16* rows, const bf16* piece, int steps, bool first, float* sums) {
+  if (first) clear_sums<TWO>();
+  else load_sums<TWO>(sums, PANEL);
   for (int i = 0; i < steps; i++, rows += x.step, piece += PANEL * STEP)
     multiply_step<TWO>(rows, x.row, piece, PANEL * 2);
   store_sums<TWO>(sums, PANEL);
@@ -110,38 +122,52 @@ INLINE void multiply_tiles(const Rows<bf16>& x, const bf16* rows, const bf16* pi
 #endif
 
 template <int R, class X>
-INLINE void multiply_vectors(const Rows<X>& x, const X* rows, const X* piece, int steps, float* sums) {
-  F32 total[R][VECTORS] = {};
+INLINE void multiply_vectors(const Rows<X>& x, const X* rows, const X* piece, int steps, bool first, float* sums) {
+  F32 total[R][VECTORS];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < VECTORS; j++) total[r][j] = first ? F32{} : load(sums + r * PANEL + j * LANES);
   for (int i = 0; i < steps; i++, rows += x.step)
     for (int k = 0; k < STEP; k += PAIR<X>, piece += PANEL * PAIR<X>) multiply_one(total, rows + k, x.row, piece);
   for (int r = 0; r < R; r++)
     for (int j = 0; j < VECTORS; j++) store(sums + r * PANEL + j * LANES, total[r][j]);
 }
 
-template <class X> INLINE void multiply(const Rows<X>& x, const X* rows, int count, const X* piece, int steps, float* sums) {
+template <class X>
+INLINE void multiply(const Rows<X>& x, const X* rows, int count, const X* piece, int steps, bool first, float* sums) {
 #if defined(HAS_AMX)
   if constexpr (std::is_same_v<X, bf16>) {
     if (tiles_allowed()) {
-      if (count > 16) multiply_tiles<true>(x, rows, piece, steps, sums);
-      else multiply_tiles<false>(x, rows, piece, steps, sums);
+      if (count > 16) multiply_tiles<true>(x, rows, piece, steps, first, sums);
+      else multiply_tiles<false>(x, rows, piece, steps, first, sums);
       return;
     }
   }
 #endif
   constexpr int R = std::max(1, MOST_SUMS / VECTORS);
   int m = 0;
-  for (; m + R <= count; m += R) multiply_vectors<R>(x, rows + m * x.row, piece, steps, sums + m * PANEL);
-  for (; m < count; m++) multiply_vectors<1>(x, rows + m * x.row, piece, steps, sums + m * PANEL);
+  for (; m + R <= count; m += R) multiply_vectors<R>(x, rows + m * x.row, piece, steps, first, sums + m * PANEL);
+  for (; m < count; m++) multiply_vectors<1>(x, rows + m * x.row, piece, steps, first, sums + m * PANEL);
 }
 
-// total [rows][32] += (sums - zeros * the sum of x) * scales; `x_sums` is null without zeros.
-INLINE void add_group(const F32 (&scales)[VECTORS], const F32 (&zeros)[VECTORS], const float* x_sums, int64_t stride,
-                      const float* sums, int rows, float* total) {
+// What the sums of a group are made into.
+struct Scale {
+  F32 factors[VECTORS], zeros[VECTORS];
+  Scale(const Weight& w, int64_t panel, int64_t group) : zeros{} {
+    const int64_t at = (panel * num_groups(w) + group) * PANEL;
+    for (int j = 0; j < VECTORS; j++) {
+      factors[j] = load_as(w.scales, at + j * LANES, w.scale_dtype);
+      if (w.zeros) zeros[j] = __builtin_convertvector(load_raw<I8>(w.zeros + at + j * LANES), F32);
+    }
+  }
+};
+
+// total [rows][32] += (sums - zeros * the sum of x) * factors; `x_sums` is null without zeros.
+INLINE void add_group(const Scale& scale, const float* x_sums, int64_t stride, const float* sums, int rows, float* total) {
   for (int m = 0; m < rows; m++, sums += PANEL, total += PANEL)
     for (int j = 0; j < VECTORS; j++) {
       F32 sum = load(sums + j * LANES);
-      if (x_sums) sum = sum - zeros[j] * x_sums[m * stride];
-      store(total + j * LANES, load(total + j * LANES) + sum * scales[j]);
+      if (x_sums) sum = sum - scale.zeros[j] * x_sums[m * stride];
+      store(total + j * LANES, load(total + j * LANES) + sum * scale.factors[j]);
     }
 }
 
@@ -166,9 +192,10 @@ template <class X> void sum_parts(const Rows<X>& x, int64_t m, int64_t width, in
 
 template <class T, class X>
 void run(const Weight& w, const Rows<X>& x, int64_t rows, T* out, int num_threads) {
-  const int64_t part = w.group % PIECE == 0 ? PIECE : PIECE % w.group == 0 ? w.group : STEP;  // k of one scale, at a time
+  const bool even = w.group == w.width || w.group % PIECE == 0 || PIECE % w.group == 0;
+  const int64_t part = even ? w.group : STEP;  // k of one scale that are summed at a time
   const int64_t parts = w.width / part, panels = num_panels(w), groups = (rows + GROUP - 1) / GROUP;
-  const int64_t most = std::max<int64_t>(1, CACHE / (w.width * int64_t(sizeof(X))) / GROUP);  // of rows, at a time
+  const int64_t most = std::clamp<int64_t>(CACHE / (w.width * int64_t(sizeof(X))) / GROUP, 1, MOST_GROUPS);
   const int64_t passes = (groups + most - 1) / most;
   std::vector<float> x_sums(w.zeros ? rows * parts : 0);
 #pragma omp parallel num_threads(num_threads)
@@ -180,37 +207,33 @@ void run(const Weight& w, const Rows<X>& x, int64_t rows, T* out, int num_thread
       for (int64_t m = 0; m < rows; m++) sum_parts(x, m, w.width, part, x_sums.data() + m * parts);
     }
     alignas(LINE) X numbers[PIECE * PANEL];
-    alignas(LINE) float sums[GROUP * PANEL];
-    std::vector<float> memory(((groups + passes - 1) / passes) * GROUP * PANEL);
+    alignas(LINE) float sums[MOST_GROUPS * GROUP * PANEL], totals[MOST_GROUPS * GROUP * PANEL];
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t begin = groups * pass / passes, end = groups * (pass + 1) / passes;
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < panels; n++) {
         const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
         const int64_t here = std::min(rows, end * GROUP) - begin * GROUP;
-        std::fill_n(memory.data(), here * PANEL, 0.0f);
+        std::fill_n(totals, here * PANEL, 0.0f);
         for (int64_t k = 0; k < w.width; k += PIECE) {
-          const int64_t piece = std::min<int64_t>(PIECE, w.width - k);
-          widen_piece(w, codes + k * w.bits / 8 * PANEL, int(piece), numbers);
+          const int64_t stop = std::min<int64_t>(w.width, k + PIECE);
+          widen_piece(w, codes + k * w.bits / 8 * PANEL, int(stop - k), numbers);
 #if defined(HAS_AMX)
           finish_stores();
 #endif
-          for (int64_t i = k; i < k + piece; i += part) {
-            const int64_t at = (n * num_groups(w) + i / w.group) * PANEL;
-            F32 scales[VECTORS], zeros[VECTORS] = {};
-            for (int j = 0; j < VECTORS; j++) {
-              scales[j] = load_as(w.scales, at + j * LANES, w.scale_dtype);
-              if (w.zeros) zeros[j] = __builtin_convertvector(load_raw<I8>(w.zeros + at + j * LANES), F32);
-            }
-            for (int64_t g = begin; g < end; g++) {
-              const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
-              multiply(x, x.data + g * x.group + i / STEP * x.step, count, numbers + (i - k) * PANEL, int(part / STEP), sums);
+          for (int64_t g = begin; g < end; g++) {
+            const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
+            const int64_t at = (g - begin) * GROUP * PANEL;
+            for (int64_t i = k; i < stop; i += part) {  // once, where a group has several pieces
+              const int64_t until = std::min(stop, i + part);
+              const X* from = x.data + g * x.group + i / STEP * x.step;
+              multiply(x, from, count, numbers + (i - k) * PANEL, int((until - i) / STEP), i % part == 0, sums + at);
               const float* row_sums = w.zeros ? x_sums.data() + g * GROUP * parts + i / part : nullptr;
-              add_group(scales, zeros, row_sums, parts, sums, count, memory.data() + (g - begin) * GROUP * PANEL);
+              if (until % part == 0) add_group(Scale(w, n, i / w.group), row_sums, parts, sums + at, count, totals + at);
             }
           }
         }
-        store_rows(w, memory.data(), here, n * PANEL, out + begin * GROUP * w.outputs);
+        store_rows(w, totals, here, n * PANEL, out + begin * GROUP * w.outputs);
       }
     }
   }
@@ -270,6 +293,7 @@ extern "C" void engine_pack_quantised(const int8_t* values, int64_t outputs, int
 extern "C" void engine_multiply_quantised(const Weight* w, const void* x, int64_t rows, void* out, int32_t dtype,
                                           int32_t num_threads) {
   using X = std::conditional_t<MULTIPLIES_BF16, bf16, float>;
+  if (rows == 0) return;
   tiles_allowed();  // asked for before other threads need them
   if (dtype == FLOAT32) multiply_rows<float, float>(*w, (const float*)x, rows, (float*)out, num_threads);
   if (dtype == FLOAT16) multiply_rows<f16, float>(*w, (const f16*)x, rows, (f16*)out, num_threads);

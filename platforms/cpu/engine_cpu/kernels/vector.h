@@ -8,6 +8,8 @@
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -61,6 +63,8 @@ INLINE F32 widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 
 INLINE U16 narrow_bf16(F32 v) {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
   return (U16)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (U16)vcvt_bf16_f32((float32x4_t)v);
 #else
   U32 u = (U32)v;
   U32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -120,6 +124,8 @@ INLINE F32 load(const f16* p) {
   return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__) && defined(__F16C__)
   return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (F32)vcvt_f32_f16(load_raw<float16x4_t>(p));
 #else
   F32 v;
   for (int i = 0; i < LANES; i++) v[i] = to_float(p[i]);
@@ -133,6 +139,8 @@ INLINE void store(f16* p, F32 v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__) && defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  store_raw(p, vcvt_f16_f32((float32x4_t)v));
 #else
   for (int i = 0; i < LANES; i++) from_float(v[i], p + i);
 #endif
