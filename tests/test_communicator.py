@@ -1,6 +1,7 @@
 """Groups of torch's communicator: the suite's cases of how they are made, used side by side and closed."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def both_are_told(world: World) -> None:
         group.send(ones, 1) if world.rank == 0 else group.receive(ones, 0)
 
 
-def test_groups_do_not_disturb_one_another() -> None:
+def test_groups_do_not_disturb_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the processes find this module
     checks = {name: CHECKS[name][0] for name in GROUPS}
     assert run_ranks("cpu", {**checks, "both_are_told": both_are_told}, 3) == {}
 
