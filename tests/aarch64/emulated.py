@@ -128,7 +128,7 @@ class _Kernel:
 def _word(value: Any) -> int:
     """An integer, an address, None for no address, packed bytes, or what `ctypes.byref` made."""
     if isinstance(value, bytes):
-        value = ctypes.cast(value, ctypes.c_void_p).value
+        value = ctypes.cast(ctypes.c_char_p(value), ctypes.c_void_p).value
     elif value is not None and not isinstance(value, int):
         value = ctypes.addressof(value._obj)
     return (value or 0) % (1 << 64)
