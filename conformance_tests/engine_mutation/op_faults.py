@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -277,7 +278,7 @@ class ExpertBiasDropped(TorchExperts):
     """The second product's bias is left out."""
 
     def apply(self, x: Tensor, expert_ids: Tensor, scores: Tensor, weights: ExpertWeights) -> Tensor:
-        bare = ExpertWeights(weights.up, weights.down, weights.activate, weights.up_bias, None)
+        bare = replace(weights, down_bias=None)
         return super().apply(x, expert_ids, scores, bare)
 
 
@@ -321,7 +322,7 @@ class GateTakenForSilu(TorchExperts):
             gate, up = h.chunk(2, -1)
             return F.silu(gate) * up
 
-        mine = ExpertWeights(weights.up, weights.down, swiglu, weights.up_bias, weights.down_bias)
+        mine = replace(weights, activate=swiglu)
         return super().apply(x, expert_ids, scores, mine if self.spec.gated else weights)
 
 
@@ -334,7 +335,7 @@ class FusedGateOfTheSecondHalf(TorchExperts):
             up, gate = h.chunk(2, -1)
             return F.silu(gate) * up
 
-        mine = ExpertWeights(weights.up, weights.down, swapped, weights.up_bias, weights.down_bias)
+        mine = replace(weights, activate=swapped)
         return super().apply(x, expert_ids, scores, mine if self.spec.silu else weights)
 
 

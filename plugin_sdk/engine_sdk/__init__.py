@@ -60,6 +60,7 @@ from engine_sdk.layers import (
     exchange_layer,
     find_layers,
     hooked,
+    norm_of,
     projection_of,
     same_result,
 )
@@ -158,6 +159,7 @@ __all__ = [
     "hookimpl",
     "host_memory",
     "load_recording",
+    "norm_of",
     "projection_of",
     "quantise",
     "record",

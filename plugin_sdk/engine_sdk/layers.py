@@ -139,12 +139,14 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _norm(module: nn.Module) -> Norm | None:
+    return None if hooked(module) or len(list(module.parameters())) != 1 else norm_of(module)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """What a module that looks like an RMS norm has of one; None where it has no such thing."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
-    parameters = len(list(module.parameters()))
-    if hooked(module) or parameters != 1 or not isinstance(weight, Tensor) or not isinstance(eps, float):
-        return None
-    return Norm(weight, eps)
+    return Norm(weight, eps) if isinstance(weight, Tensor) and isinstance(eps, float) else None
 
 
 def hooked(module: nn.Module) -> bool:

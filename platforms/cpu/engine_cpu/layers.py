@@ -84,6 +84,6 @@ def _packed(linears: Sequence[nn.Linear], norm: Norm | None) -> Packed | None:
     """The weight of all `linears` where the kernel multiplies with it, a norm before included."""
     projection = projection_of(linears)
     packed = None if projection is None else projection.packed
-    same = norm is None or norm.weight.dtype == torch.bfloat16
-    found = isinstance(packed, Packed) and packed.product is not None and same and not any(map(hooked, linears))
-    return packed if found and isinstance(packed, Packed) else None
+    if not isinstance(packed, Packed) or packed.product is None or any(map(hooked, linears)):
+        return None
+    return packed if norm is None or norm.weight.dtype == torch.bfloat16 else None

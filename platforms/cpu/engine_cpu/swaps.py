@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine_sdk import LinearMethod, hookimpl, same_result
+from engine_sdk import LinearMethod, hookimpl, norm_of, same_result
 
 if TYPE_CHECKING:
     from engine_cpu.linear import PackedLinear
@@ -57,11 +57,10 @@ class _Parts:
                 swap(module, operations)
 
     def _norm(self, module: nn.Module, operations: Operations) -> None:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        weight = getattr(module, "weight", None)
-        if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.dim() != 1:
+        norm = norm_of(module)
+        if norm is None or norm.weight.dim() != 1:
             return
-        _exchange(module, lambda x: operations.rms_norm(x, weight, eps), len(weight), weight.dtype)
+        _exchange(module, lambda x: operations.rms_norm(x, norm.weight, norm.eps), len(norm.weight), norm.weight.dtype)
 
     def _gated(self, module: nn.Module, operations: Operations) -> None:
         gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))

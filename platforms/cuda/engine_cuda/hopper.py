@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine_cuda.hopper_kernel import BOX, BOX_LAYOUT, ROWS, attend_prompts
 from engine_sdk import AttentionBatch, AttentionSpec, KVCache
 from engine_sdk.triton.attention import Launch, TritonAttention, tiles_of
-from engine_sdk.triton.tuning import AttentionTuning, DeviceProperties
+from engine_sdk.triton.tuning import AttentionTuning, DeviceProperties, describable
 
 _BOX = BOX.value
 _FEW_KEYS = 2048  # that one program attends about as fast as several that share them
@@ -106,7 +106,7 @@ class _PromptLaunch(Launch):
         alibi_slopes: Tensor | None,
     ) -> None:
         """See `Launch.run`; layers with sinks or slopes have no such launch."""
-        if not (_in_steps(q) and all(_in_steps(x) and _heads_are_dense(x) for x in (cache.keys, cache.values))):
+        if not (describable(q) and all(describable(x) and _heads_are_dense(x) for x in (cache.keys, cache.values))):
             self.otherwise.run(q, cache, out, lse, sinks, alibi_slopes)
             return
         group = self.constants["GROUP"]
@@ -121,11 +121,6 @@ class _PromptLaunch(Launch):
             *((0, 0) if lse is None else lse.stride()),
             **self.constants,
         )
-
-
-def _in_steps(x: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes, which is how the copy engine counts."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
 
 
 def _heads_are_dense(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.interfaces import ExpertsMethod, ExpertsSpec, ExpertWeights
-from engine_sdk.triton.tuning import DeviceProperties, device_properties
+from engine_sdk.triton.tuning import DeviceProperties, describable, device_properties
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,9 @@ class TritonExperts(ExpertsMethod):
         tile = _tile(pairs / experts, x.dtype.itemsize, halves, device.shared_bytes)
         most_tiles = min(pairs, pairs // tile.rows + min(experts, pairs))
         grid = (most_tiles * triton.cdiv(width, tile.columns),)
-        by_descriptor = device.tile_copies and not self.spec.transposed and _describable(weight)
+        by_descriptor = (
+            device.tile_copies and not self.spec.transposed and weight.is_contiguous() and describable(weight)
+        )
         _multiply[grid](
             x,
             TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.columns, tile.depth]) if by_descriptor else weight,
@@ -150,11 +152,6 @@ class TritonExperts(ExpertsMethod):
             num_stages=tile.num_stages,
         )
         return out
-
-
-def _describable(weight: Tensor) -> bool:
-    """Whether its rows can be copied by descriptor: they follow each other, and begin at multiples of 16 bytes."""
-    return weight.is_contiguous() and weight.data_ptr() % 16 == 0 and weight.stride(1) * weight.itemsize % 16 == 0
 
 
 @triton.jit

@@ -45,6 +45,12 @@ def device_properties(device: torch.device) -> DeviceProperties:
     return DeviceProperties(found["multiprocessor_count"], found["max_shared_mem"], target.warp_size, tile_copies)
 
 
+def describable(x: torch.Tensor) -> bool:
+    """Whether a descriptor can say where its rows are: they are dense, and begin at multiples of 16 bytes."""
+    steps = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and steps
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a kernel is cut: query rows and keys of a tile, warps of a program, iterations that load ahead."""
