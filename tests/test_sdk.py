@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -597,3 +598,25 @@ def test_graphs_share_the_pool_of_those_that_are_alive() -> None:
     assert pools[0] is None
     assert pools[1] is pools[2] is not None
     assert pools[3] is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_waits_within_a_capture(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """What would spoil it is refused before, where the device's module can; afterwards all is as before."""
+    modes: list[object] = [1]
+    module = SimpleNamespace(get_sync_debug_mode=lambda: modes[0], set_sync_debug_mode=modes.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    graph = SimpleNamespace(capture_end=lambda: modes.append("ended"), pool=lambda: 1)
+
+    class Graphs(TorchGraphs):
+        def _begin(self, pool: Any) -> Any:
+            return graph
+
+    def launch() -> None:
+        modes.append("launched")
+        if fails:
+            raise RuntimeError("called a synchronizing operation")
+
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        Graphs(CpuPlatform().device()).capture(launch)
+    assert modes == [1, "error", "launched", 1, "ended"]

@@ -80,13 +80,10 @@ def check_architecture(name: str, platform: str, dtype: torch.dtype = torch.floa
     preemptions = sum(o.metrics.num_preemptions for run in runs for o in run if o.metrics)
     cached = sum(o.num_cached_tokens for run in runs for o in run)
     outputs = [o for run in runs for o in run]
-    tolerance = TOLERANCE
-    if dtype is not torch.float32:
-        exact = copy.deepcopy(model).float()
-        model, tolerance = exact, _rounding(model, exact, outputs)
-    detail, worst = _compare_all(model, outputs, tolerance)
-    if detail and dtype is torch.float32:
-        detail, worst = _compare_all(model, outputs, _rounding(model, copy.deepcopy(model).double(), outputs))
+    detail, worst = _compare_all(model, outputs, TOLERANCE)
+    if detail:
+        exact = copy.deepcopy(model).to(torch.float64 if dtype is torch.float32 else torch.float32)
+        detail, worst = _compare_all(exact, outputs, _rounding(model, exact, outputs))
     if detail:
         return Outcome(name, "wrong", detail, worst, preemptions, cached)
     if not (preemptions and cached) and block_size <= 4:  # larger blocks leave these sequences nothing to fight for

@@ -14,7 +14,7 @@ from engine.interfaces import CompilerOptions
 log = logging.getLogger(__name__)
 
 _KINDS = 64
-"""Compiled variants that a process may hold of one kind of layer: models, dtypes, one token or many."""
+"""Compiled variants that a model may add of one kind of layer; the limit is of the process, and steps beyond it fail."""
 
 
 def compile_layers(
@@ -25,8 +25,8 @@ def compile_layers(
     `run` runs the model; what the compiler cannot take shows there, and then the model stays eager, with a warning that
     says why.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS)
-    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4 * _KINDS)
+    torch._dynamo.config.recompile_limit += _KINDS
+    torch._dynamo.config.accumulated_recompile_limit += 4 * _KINDS
     layers = {id(layer): layer for name in attention if (layer := _layer(model, name)) is not None}.values()
     try:
         for layer in layers:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,10 +52,27 @@ class TorchGraphs(GraphRuntime):
         with self._device.side_stream():
             graph = self._begin(self._pool if self._alive else None)  # a pool goes with the last graph that uses it
             try:
-                launch()
+                with self._refusing_waits():
+                    launch()
             finally:
                 graph.capture_end()
         self._pool = graph.pool()
         captured = TorchGraph(graph)
         self._alive.add(captured)
         return captured
+
+    @contextlib.contextmanager
+    def _refusing_waits(self) -> Iterator[None]:
+        """Let calls that wait for the device raise, where its module can: asked for a value within a capture, a driver
+        ends it as spoilt, and torch's random numbers then stay in it for the life of the process.
+        """
+        module = torch.get_device_module(self._device.torch_device)
+        if not hasattr(module, "set_sync_debug_mode"):
+            yield
+            return
+        before = module.get_sync_debug_mode()
+        module.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            module.set_sync_debug_mode(before)
