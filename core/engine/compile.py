@@ -14,7 +14,7 @@ from engine.interfaces import CompilerOptions
 log = logging.getLogger(__name__)
 
 _KINDS = 64
-"""Compiled variants that a model may add of one kind of layer; the limit is of the process, and steps beyond it fail."""
+"""Variants that a model may add of one kind of layer. The limit is the process's, and a step beyond it fails."""
 
 
 def compile_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,7 +72,9 @@ class TorchGraphs(GraphRuntime):
             yield
             return
         before = module.get_sync_debug_mode()
-        module.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that not every wait is found: those spoil it as before
+            module.set_sync_debug_mode("error")
         try:
             yield
         finally:
