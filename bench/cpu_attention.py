@@ -4,14 +4,14 @@
 
 Caches of several layers take turns, so that none is in the processor's when it is read. A call counts as long as the
 best of its layer takes, and of layers the median: in processor time with one thread, which says something on a busy
-machine too, and in wall time with several. Each contestant is a process of its own; the peer is named by the Python of
-an environment that has it. `--flags` builds the kernels for a processor with less.
+machine too, and in wall time with several. Each contestant is a process of its own, and they take turns too, as others
+take their share of a machine's memory at times; the best turn counts. The peer is named by the Python of an environment
+that has it. `--flags` builds the kernels for a processor with less.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -43,6 +43,9 @@ SHAPES = [
 
 TURNS = 200 << 20
 """Bytes of caches that take turns."""
+
+ROUNDS = 3
+"""Turns of each contestant."""
 
 Layers = Sequence[Callable[[], object]]
 
@@ -86,12 +89,12 @@ def engine(num: int, length: int, new: int, args: argparse.Namespace) -> Layers:
     else:
         kernels = ctypes.CDLL(str(native.build(args.flags.split(), Path(args.folder))))
         backend = CpuAttention(spec, kernels, CpuPlatform().capabilities())
+    memory = CpuPlatform().memory()
     layout, plan, (q, k, v) = backend.layout(BLOCK), backend.plan(step), shape.inputs(dtype)
     out = torch.empty(q.shape, dtype=dtype)
 
     def layer() -> Callable[[], object]:
-        storage = torch.full((shape.blocks * layout.block_bytes,), 60, dtype=torch.uint8)
-        cache = layout.bind(storage, shape.blocks)
+        cache = layout.bind(memory.allocate(shape.blocks * layout.block_bytes).fill_(60), shape.blocks)
         return lambda: backend.forward(q, k, v, cache, plan, out)
 
     return [layer() for _ in range(shape.layers())]
@@ -148,9 +151,34 @@ def seconds(layers: Layers, budget: float) -> float:
     return statistics.median(best)
 
 
-def measure(name: str, python: str, argv: Sequence[str]) -> list[float]:
-    done = subprocess.run([python, __file__, *argv, "--run", name], check=True, stdout=subprocess.PIPE, text=True)
-    return [float(x) for x in json.loads(done.stdout.splitlines()[-1])]
+class Contestant:
+    """A process that measures shapes when it is asked to."""
+
+    def __init__(self, name: str, python: str, argv: Sequence[str]) -> None:
+        command = [python, __file__, *argv, "--run", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def measure(self, shape: str) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        time.sleep(0.2)  # threads of the one before wait busily for as long
+        print(shape, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+def answer(args: argparse.Namespace) -> None:
+    """What a contestant's process does: a line of seconds for each line that names a shape."""
+    asked = ""
+    layers: Layers = []
+    for line in sys.stdin:
+        if line != asked:
+            layers = []  # before there are others
+            num, length, new = map(int, line.split(","))
+            asked, layers = line, CONTESTANTS[args.run](num, length, new, args)
+        print(seconds(layers, args.budget / ROUNDS), flush=True)
 
 
 def main() -> None:
@@ -166,31 +194,34 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shapes = [(int(num), int(length), int(new)) for num, length, new in (shape.split(",") for shape in args.shapes)]
     if args.run:
-        print(json.dumps([seconds(CONTESTANTS[args.run](*shape, args), args.budget) for shape in shapes]))
+        answer(args)
         return
-    took = {}
     with tempfile.TemporaryDirectory() as folder:
         argv = [*sys.argv[1:], "--folder", folder]
-        for name, python in (
-            ("engine", sys.executable),
-            ("vllm", args.vllm),
-            ("torch", sys.executable if args.torch else None),
-        ):
-            if python:
-                took[name] = measure(name, python, argv)
-    print(f"{'requests':>8}{'length':>7}{'new':>6}", *(f"{name:>9}" for name in took), f"{'GB/s':>7}{'GFLOP/s':>9}")
-    for i, (num, length, new) in enumerate(shapes):
-        us = [times[i] * 1e6 for times in took.values()]
-        moved = 2 * num * length * KV_HEADS * SIZE * getattr(torch, args.dtype).itemsize
-        work = 4 * num * HEADS * SIZE * (length * new - new * (new - 1) / 2)
+        pythons = {"engine": sys.executable, "vllm": args.vllm, "torch": sys.executable if args.torch else None}
+        contestants = {name: Contestant(name, python, argv) for name, python in pythons.items() if python}
         print(
-            f"{num:8}{length:7}{new:6}",
-            *(f"{x:9.0f}" for x in us),
-            f"{moved / us[0] / 1e3:7.1f}{work / us[0] / 1e3:9.0f}",
-            *(f"{x / us[0]:6.2f}x" for x in us[1:]),
+            f"{'requests':>8}{'length':>7}{'new':>6}", *(f"{n:>9}" for n in contestants), f"{'GB/s':>7}{'GFLOP/s':>9}"
         )
+        for shape in args.shapes:
+            report(shape, [[each.measure(shape) for each in contestants.values()] for _ in range(ROUNDS)], args)
+        for each in contestants.values():
+            each.end()
+
+
+def report(shape: str, rounds: Sequence[Sequence[float]], args: argparse.Namespace) -> None:
+    num, length, new = map(int, shape.split(","))
+    us = [min(times) * 1e6 for times in zip(*rounds, strict=True)]
+    moved = 2 * num * length * KV_HEADS * SIZE * getattr(torch, args.dtype).itemsize
+    work = 4 * num * HEADS * SIZE * (length * new - new * (new - 1) / 2)
+    print(
+        f"{num:8}{length:7}{new:6}",
+        *(f"{x:9.0f}" for x in us),
+        f"{moved / us[0] / 1e3:7.1f}{work / us[0] / 1e3:9.0f}",
+        *(f"{x / us[0]:6.2f}x" for x in us[1:]),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

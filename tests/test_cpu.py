@@ -71,6 +71,7 @@ def cases() -> list[Case]:
     ):
         found.append(Case(spec(**change), 32, ROWS, mode="sharp", memory="fused", lse=True))
         found.append(Case(spec(torch.float32, **change), 48, ROWS, mode="sharp", memory="transposed", lse=True))
+    found += [Case(spec(), size, ROWS, mode="needle") for size in (20, 64)]  # panels: one of 20 tokens, and four of 16
     found.append(Case(spec(num_heads=2, num_kv_heads=1), 32, (Row(4200, 1), Row(8, 1), Row(2100, 40)), mode="needle"))
     found.append(Case(spec(num_heads=80, num_kv_heads=1), 32, (Row(90, 1), Row(30, 3)), reads=True))
     return found
@@ -167,7 +168,7 @@ def check_quantised(kernels: ctypes.CDLL) -> None:
             assert bool(((whole - want).abs() <= bound).all()), (bits, outputs, dtype)
             for rows in (0, 1, 2, 15, 16, 17, 32, 33, 65):
                 guarded = torch.full((rows + 2, outputs), 7.0).to(dtype)
-                method.multiply(x[-1 - rows : -1], packed, guarded[1 : rows + 1])
+                method.multiply(x[-1 - rows : -1], packed, out=guarded[1 : rows + 1])
                 assert torch.equal(guarded[1:-1], whole[72 - rows :]), (bits, outputs, dtype, rows)
                 assert bool((guarded[[0, -1]] == 7).all()), (bits, outputs, dtype, rows)
 
@@ -265,6 +266,24 @@ def test_bits_depend_on_the_request_alone(dtype: torch.dtype, threads: int, aren
         for index, out in enumerate(outs):
             for chunk in (1, 7, 32, 1000):
                 assert torch.equal(alone(arena, index, chunk), out), (index, chunk)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_threads_wait_for_what_others_write() -> None:
+    """All of them write a head's keys, 64 tokens at a time, and none reads before all are there."""
+    platform = CpuPlatform()
+    backend = platform.attention(spec(torch.float32, num_heads=2, num_kv_heads=1, head_dim=256, v_head_dim=256))
+    case, before = Case(backend.spec, 32, (Row(0, 130),)), torch.get_num_threads()
+    arena = prepare(backend, case, platform.capabilities(), torch.device("cpu"))
+    torch.set_num_threads(1)
+    want = run(backend, arena)[0]
+    torch.set_num_threads(2)
+    try:
+        for _ in range(1000):
+            arena.cache.raw.fill_(1)
+            assert torch.equal(run(backend, arena)[0], want)
     finally:
         torch.set_num_threads(before)
 

@@ -1,14 +1,16 @@
 // Paged attention with a C interface and no header of torch's. engine_cpu/attention.py calls it and says what a plan is.
 //
 // Letters: N tokens, R requests, H query heads, K key/value heads, G = H / K, D and E head sizes of keys and values, B
-// tokens a block. A block holds, for each key/value head, its keys and then, after the keys of all heads, its values:
+// tokens a block. A block holds, for each key/value head, its keys and then, after the keys of all heads, its values,
+// in panels of 16 columns of a product:
 //
-//     keys     [D' / P, B', P]    a vector is one dimension of several tokens, or P dimensions side by side
-//     values   [B' / P, E', P]    a vector is several dimensions of one token, or of P tokens side by side
+//     keys     [B' / 16, D' / P, 16, P]    a vector is one dimension of 16 tokens, or P dimensions side by side
+//     values   [E' / 16, B' / P, 16, P]    a vector is 16 dimensions of one token, or of P tokens side by side
 //
 // P is 2 for bf16, whose dot product takes pairs, and 1 else. D' and B' are multiples of P, E' of 16: what is beyond B
-// and E is never read as a number, what is beyond D is zero. So neither operand of a matrix product needs packing. Where
-// B' is no multiple of 16, vectors of keys reach into what follows them, which gives scores that are masked.
+// and E is never read as a number, what is beyond D is zero. So neither operand of a matrix product needs packing, and a
+// tile is 1 KiB of memory in order. Where B' is no multiple of 16, there is one panel of B' tokens, and vectors of keys
+// reach into what follows them, which gives scores that are masked.
 //
 // A tile is M = T * G rows: T tokens of a request, the G heads that share a key/value head. Keys come in steps of about
 // 256 tokens that begin at multiples of it, so that a row's sums have one order, whatever else is in the batch:
@@ -24,6 +26,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -65,23 +68,35 @@ struct Call {  // of a layer in a step; `_CALL` in attention.py
   int64_t out_token, out_head, lse_token, block_bytes;        // the latter: of a block in this cache, padding included
 };
 
-constexpr int PADDING = 16;  // E', and the scores of a block, are multiples of it
+constexpr int WIDTH = 16;  // of a panel; E', and the scores of a block, are multiples of it
 
 constexpr int ceil_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Where the columns of a product lie: elements from pair to pair, and from 16 columns to the next 16.
+struct Panels {
+  int64_t pair, panel;
+  template <class C> C* at(C* from, int64_t column) const {
+    return from + column / WIDTH * panel + column % WIDTH * PAIR<std::remove_const_t<C>>;
+  }
+};
+
 template <class C> struct Shape {  // of a cache of C
+  static constexpr int P = PAIR<C>;
   int D, E, B, scores;                   // padded; scores: that a block gives
   int64_t key_head, value_head, values;  // elements: from head to head, and where values begin
+  Panels keys_of_head, values_of_head;
   explicit Shape(const Spec& s)
-      : D(ceil_to(s.head_dim, PAIR<C>)), E(ceil_to(s.v_head_dim, PADDING)), B(ceil_to(s.block_size, PAIR<C>)),
-        scores(ceil_to(s.block_size, PADDING)),
-        key_head(int64_t(D) * B), value_head(int64_t(E) * B), values(key_head * s.num_kv_heads) {}
+      : D(ceil_to(s.head_dim, P)), E(ceil_to(s.v_head_dim, WIDTH)), B(ceil_to(s.block_size, P)),
+        scores(ceil_to(s.block_size, WIDTH)),
+        key_head(int64_t(D) * B), value_head(int64_t(E) * B), values(key_head * s.num_kv_heads),
+        keys_of_head(B % WIDTH ? Panels{B * P, WIDTH * P} : Panels{WIDTH * P, int64_t(D) * WIDTH}),
+        values_of_head{WIDTH * P, int64_t(B) * WIDTH} {}
 };
 
 // Writing: a head's tokens one after the other, as those of a block share its lines of memory; 16 at a time where they
 // fill whole lines.
 
-constexpr int RUN = 16;
+constexpr int RUN = WIDTH;
 
 INLINE void transpose(uint32_t (&lines)[RUN][RUN]) {
 #if defined(__AVX512F__)
@@ -118,28 +133,36 @@ template <class S, class C> struct Writer {
   C* place(int64_t n) const { return (C*)(call.cache + step.slots[n] / s.block_size * call.block_bytes); }
 
   C* key_place(int64_t n, int64_t head) const {
-    return place(n) + head * shape.key_head + step.slots[n] % s.block_size * P;
+    return shape.keys_of_head.at(place(n) + head * shape.key_head, step.slots[n] % s.block_size);
   }
   C* value_place(int64_t n, int64_t head) const {
     const int64_t at = step.slots[n] % s.block_size;
-    return place(n) + shape.values + head * shape.value_head + at / P * shape.E * P + at % P;
+    return place(n) + shape.values + head * shape.value_head + at / P * shape.values_of_head.pair + at % P;
   }
 
   void one(int64_t n, int64_t head) const {
     const S *k = key(n, head), *v = value(n, head);
     C *keys = key_place(n, head), *values = value_place(n, head);
+    const int64_t pair = shape.keys_of_head.pair;
     int d = 0;
     if constexpr (COPIES)
-      for (; d + 2 <= s.head_dim; d += 2) std::memcpy((void*)(keys + int64_t(d) * shape.B), k + d, sizeof(C) * 2);
-    for (; d < shape.D; d++)
-      keys[int64_t(d / P) * shape.B * P + d % P] = d < s.head_dim ? converted<S, C>(k[d]) : C{};
+      for (; d + 2 <= s.head_dim; d += 2) std::memcpy((void*)(keys + d / 2 * pair), k + d, sizeof(C) * 2);
+    for (; d < shape.D; d++) keys[d / P * pair + d % P] = d < s.head_dim ? converted<S, C>(k[d]) : C{};
     int e = 0;
 #if defined(__AVX512BW__)
     if constexpr (COPIES)  // not the other token's bits, as another thread may write these
       for (; e + LANES <= s.v_head_dim; e += LANES)
-        _mm512_mask_storeu_epi16(values + e * P, 0x55555555, _mm512_cvtepu16_epi32((__m256i)load_raw<U16>(v + e)));
+        _mm512_mask_storeu_epi16(shape.values_of_head.at(values, e), 0x55555555,
+                                 _mm512_cvtepu16_epi32((__m256i)load_raw<U16>(v + e)));
 #endif
-    for (; e < s.v_head_dim; e++) values[e * P] = converted<S, C>(v[e]);
+    for (; e < s.v_head_dim; e++) *shape.values_of_head.at(values, e) = converted<S, C>(v[e]);
+  }
+
+  // Asks for where a token goes: the first lines of its keys, from where processors go on, and all of its values.
+  void expect(int64_t n, int64_t head) const {
+    const C *keys = key_place(n, head), *values = value_place(n, head);
+    for (int d = 0; d < std::min(shape.D, 32); d += 2) __builtin_prefetch(keys + d / P * shape.keys_of_head.pair, 1, 2);
+    for (int e = 0; e < shape.E; e += WIDTH) __builtin_prefetch(shape.values_of_head.at(values, e), 1);
   }
 
   bool fills_lines(int64_t n, int64_t end) const {
@@ -161,65 +184,94 @@ template <class S, class C> struct Writer {
       }
       transpose(lines);
       for (int i = 0; i < pairs; i++)
-        std::memcpy((void*)(keys + int64_t(d + 2 * i) * shape.B), lines[i], sizeof lines[i]);
+        std::memcpy((void*)(keys + (d / 2 + i) * shape.keys_of_head.pair), lines[i], sizeof lines[i]);
     }
     for (int i = 0; i < RUN; i += 2) {
       const S *a = value(n + i, head), *b = value(n + i + 1, head);
-      C* values = to + int64_t(i) * shape.E;
+      C* values = to + i / 2 * shape.values_of_head.pair;
       int e = 0;
       for (; e + LANES <= s.v_head_dim; e += LANES)
-        store_raw(values + 2 * e, __builtin_convertvector(load_raw<U16>(a + e), U32) |
-                                      __builtin_convertvector(load_raw<U16>(b + e), U32) << 16);
-      for (; e < s.v_head_dim; e++)
-        values[2 * e] = converted<S, C>(a[e]), values[2 * e + 1] = converted<S, C>(b[e]);
+        store_raw(shape.values_of_head.at(values, e), __builtin_convertvector(load_raw<U16>(a + e), U32) |
+                                                          __builtin_convertvector(load_raw<U16>(b + e), U32) << 16);
+      for (; e < s.v_head_dim; e++) {
+        C* pair = shape.values_of_head.at(values, e);
+        pair[0] = converted<S, C>(a[e]), pair[1] = converted<S, C>(b[e]);
+      }
     }
   }
 };
 
-template <class S, class C> void write(const Spec& s, const Step& step, const Call& call) {
-  constexpr int64_t PIECE = 4 * RUN;  // tokens that a thread takes at a time
-  const Writer<S, C> writer = {s, step, call, Shape<C>(s)};
-  const int64_t pieces = (step.num_tokens + PIECE - 1) / PIECE;
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < pieces * s.num_kv_heads; i++) {
-    const int64_t head = i / pieces, end = std::min(step.num_tokens, (i % pieces + 1) * PIECE);
-    for (int64_t n = i % pieces * PIECE; n < end;) {
+// New keys and values, written by who reads a head first, and whoever comes meanwhile: nobody waits for other heads.
+template <class S, class C> class Writes {
+ public:
+  Writes(const Spec& s, const Step& step, const Call& call)
+      : writer{s, step, call, Shape<C>(s)}, pieces(call.k ? (step.num_tokens + PIECE - 1) / PIECE : 0),
+        heads(s.num_kv_heads) {}
+
+  // Returns when all tokens of the head are written.
+  void finish(int head) {
+    Head& of = heads[head];
+    if (of.done.load(std::memory_order_acquire) == pieces) return;
+    for (int64_t i; (i = of.next++) < pieces; of.done.fetch_add(1, std::memory_order_release))
+      piece(head, i * PIECE, std::min(writer.step.num_tokens, (i + 1) * PIECE));
+    while (of.done.load(std::memory_order_acquire) < pieces) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t PIECE = 4 * RUN;  // tokens that a thread takes at a time
+  struct alignas(64) Head { std::atomic<int64_t> next{0}, done{0}; };
+
+  void piece(int head, int64_t n, int64_t end) {
+    while (n < end) {
       if (writer.fills_lines(n, end)) writer.many(n, head), n += RUN;
-      else writer.one(n, head), n++;
+      else {
+        if (n + 2 < end) writer.expect(n + 2, head);
+        writer.one(n, head), n++;
+      }
     }
   }
-}
 
-// Memory that will be read soon, as large as what is read now: fetched line by line meanwhile. Null for none.
+  const Writer<S, C> writer;
+  const int64_t pieces;
+  std::vector<Head> heads;
+};
+
+// Memory that will be read soon, as large as what is read now: fetched meanwhile, line by line, in the same order, as
+// processors go on by themselves from lines that follow one another. Null for none.
 template <class C> struct Ahead { const C *keys = nullptr, *values = nullptr; };
 
+// Sums of R rows and V vectors of columns, in groups that lie in one panel.
+template <int V> constexpr int GROUP = V * LANES < WIDTH ? V : WIDTH / LANES;
+template <int R, int V> using Sums = F32[V / GROUP<V>][R][GROUP<V>];
+
 // `multiply_one` for all i < count; the second of an odd count's last pair is not read as a number.
-template <class X, class C, int R, int V>
-INLINE void multiply(F32 (&sums)[R][V], const X* rows, int64_t row_stride, const C* columns, int64_t column_stride,
+template <class X, class C, int R, int V, int G>
+INLINE void multiply(F32 (&sums)[V][R][G], const X* rows, int64_t row_stride, const C* columns, Panels panels,
                      int count, Ahead<C> ahead = {}) {
   constexpr int P = PAIR<C>;
   int i = 0;
-  for (; i + P <= count; i += P, columns += column_stride) {
+  for (; i + P <= count; i += P, columns += panels.pair) {
     if (ahead.keys) {
-      for (int c = 0; c < V; c++) {
-        __builtin_prefetch(ahead.keys + i / P * column_stride + c * P * LANES);
-        __builtin_prefetch(ahead.values + i / P * column_stride + c * P * LANES);
+      for (int c = 0; c < V * G; c++) {
+        const int64_t at = i / P * panels.pair + c / G * panels.panel + c % G * P * LANES;
+        __builtin_prefetch(ahead.keys + at), __builtin_prefetch(ahead.values + at);
       }
     }
-    multiply_one(sums, rows + i, row_stride, columns);
+    for (int g = 0; g < V; g++) multiply_one(sums[g], rows + i, row_stride, columns + g * panels.panel);
   }
-  if (i < count) multiply_one(sums, rows + i, row_stride, columns, false);
+  if (i < count)
+    for (int g = 0; g < V; g++) multiply_one(sums[g], rows + i, row_stride, columns + g * panels.panel, false);
 }
 
 // Products on AMX's tiles of 16 rows of 64 bytes: 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
 
 #if defined(HAS_AMX)
-// sums[32 or 16][32] += rows x columns for `count`, a multiple of 32; strides in elements, of pairs for columns.
+// sums[32 or 16][32] += rows x columns of two panels for `count`, a multiple of 32; strides in elements.
 template <bool TWO>
-INLINE void multiply_tiles(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride, int count) {
+INLINE void multiply_tiles(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t panel, int count) {
   finish_stores();
   for (int i = 0; i < count; i += 32)
-    multiply_step<TWO>(rows + i, row_stride, columns + (i / 2) * column_stride, column_stride);
+    multiply_step<TWO>(rows + i, row_stride, columns + i * WIDTH, WIDTH * 2, panel);
 }
 #endif
 
@@ -329,8 +381,17 @@ template <class X, class C> class Tile {
       find_blocks(item, head, at);
       const C* then = !ends ? keys_of(item, head, at + span) : next ? keys_of(*next, next_head, next->begin) : nullptr;
       multiply_keys();
-      for (int m = 0; m < M; m++) weigh(m, at, item.position + m / G, head);
-      multiply_values(item, at, then);
+      float found = look(0, at, item.position, head);
+      for (int m = 0; m < M; m++) {
+        if (ends) {  // rows to write now and to read then: arithmetic leaves memory idle
+          fetch<1>(result<S>(item, head, m), s.v_head_dim);
+          if (next && m < next->num_tokens * G) fetch<0>(query<S>(*next, next_head, m), s.head_dim);
+        }
+        const float largest = found;
+        if (m + 1 < M) found = look(m + 1, at, item.position + (m + 1) / G, head);  // while this one's are on their way
+        weigh(m, largest);
+      }
+      multiply_values(then);
       started = true;
     }
     if (!started) std::memset(out, 0, sizeof(float) * M * out_row);
@@ -363,7 +424,10 @@ template <class X, class C> class Tile {
   static constexpr int GAP = 16;    // floats between rows, which would else lie in the same sets of a cache
 
   struct Row { float maximum; int32_t low, high; };     // high: one past the last key that it sees
-  struct Block { const C *keys, *values; int count; };  // count: tokens that may be read; none without pointers
+  struct Block {
+    const C *keys, *values;
+    int count, written;  // tokens: that are read, none without pointers; that may be read
+  };
 
   const Spec& s;
   const Step& step;
@@ -391,6 +455,13 @@ template <class X, class C> class Tile {
 
   template <class S> const S* query(const Item& item, int head, int m) const {
     return (const S*)call.q + (item.token + m / G) * call.q_token + (head * G + m % G) * call.q_head;
+  }
+
+  template <class S> S* result(const Item& item, int head, int m) const {
+    return (S*)call.out + (item.token + m / G) * call.out_token + (head * G + m % G) * call.out_head;
+  }
+  template <int WRITES, class S> static void fetch(const S* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(S)) __builtin_prefetch(row + i, WRITES);
   }
 
   template <class S> void begin(const Item& item, int head) {
@@ -423,11 +494,11 @@ template <class X, class C> class Tile {
   void find_blocks(const Item& item, int head, int at) {
     for (int b = 0; b < num_blocks; b++) {
       const int from = at + b * s.block_size;
-      blocks[b] = {nullptr, nullptr, 0};
+      blocks[b] = {nullptr, nullptr, 0, 0};
       if (from + s.block_size <= first || from >= last) continue;
       const C* block = block_of(item, from);
       blocks[b] = {block + head * shape.key_head, block + shape.values + head * shape.value_head,
-                   std::min(s.block_size, last - from)};
+                   std::min(s.block_size, last - from), std::min(s.block_size, item.length - from)};
     }
     begin_column = (std::max(first, at) - at) / s.block_size * shape.scores;
     end_column = (std::min(last, at + span) - at + s.block_size - 1) / s.block_size * shape.scores;
@@ -439,6 +510,7 @@ template <class X, class C> class Tile {
       for (int line = 0; line < 8; line++) __builtin_prefetch((const char*)piece + page + line * 64, 0, 2);
   }
 
+  const C* values_of(int b, int e) const { return shape.values_of_head.at(blocks[b].values, e); }
   const C* first_values() const { return blocks[begin_column / shape.scores].values; }
 
   void multiply_keys() {
@@ -449,8 +521,10 @@ template <class X, class C> class Tile {
           if (!blocks[b].count) continue;
           const bool more = b + 1 < num_blocks && blocks[b + 1].count;
           more ? fetch_start(blocks[b + 1].keys, shape.key_head) : fetch_start(first_values(), shape.value_head);
-          for (int n = 0; n < shape.B; n += 32)
-            for (int m = 0; m < M; m += 32) M > 16 ? keys_on_tiles<true>(b, m, n) : keys_on_tiles<false>(b, m, n);
+          for (int n = 0; n < blocks[b].count; n += 32) {
+            if (M <= 16) few_on_tiles(b, n);
+            else for (int m = 0; m < M; m += 32) keys_on_tiles(b, m, n);
+          }
         }
         return;
       }
@@ -462,30 +536,23 @@ template <class X, class C> class Tile {
       if (M <= MOST_ROWS && shape.D == shape.E)
         ahead = {blocks[b + (b + 1 < num_blocks && blocks[b + 1].count)].keys, blocks[b].values};
       const auto product = [&](auto& sums, int r, int c) {
-        multiply(sums, queries + r * D, D, blocks[b].keys + c * LANES * PAIR<C>, shape.B * PAIR<C>, shape.D, ahead);
+        const auto part = [&](const C* of) { return of ? shape.keys_of_head.at(of, c * LANES) : nullptr; };
+        multiply(sums, queries + r * D, D, part(blocks[b].keys), shape.keys_of_head, shape.D,
+                 {part(ahead.keys), part(ahead.values)});
       };
       over_rows(scores + b * shape.scores, score_row, shape.scores / LANES, false, product);
     }
   }
 
   // `then` are keys that will be read next, or null.
-  void multiply_values(const Item& item, int at, const C* then) {
+  void multiply_values(const C* then) {
 #if defined(HAS_AMX)
     if constexpr (std::is_same_v<X, bf16>) {
       if (on_tiles) {
-        if (M > 16) {
-          for (int b = 0; b < num_blocks; b++) clear_unwritten(b, item, at);
-          for (int e = 0; e < shape.E; e += 32)
-            for (int m = 0; m < M; m += 32) values_on_tiles<true>(m, e, 0, num_blocks);
-          return;
-        }
-        for (int b = 0; b < num_blocks; b++) {
-          if (!blocks[b].count) continue;
-          if (b + 1 < num_blocks && blocks[b + 1].count) fetch_start(blocks[b + 1].values, shape.value_head);
-          else if (then) fetch_start(then, shape.key_head);
-          clear_unwritten(b, item, at);
-          for (int e = 0; e < shape.E; e += 32) values_on_tiles<false>(0, e, b, b + 1);
-          started = true;
+        for (int b = 0; b < num_blocks; b++) clear_unwritten(b);
+        for (int e = 0; e < shape.E; e += 32) {
+          for (int m = 0; m < M; m += 32) M > 16 ? values_on_tiles<true>(m, e) : values_on_tiles<false>(m, e);
+          if (then && e + 32 < shape.E) fetch<0>(then + e * 32, 32 * WIDTH);  // a tile's worth each time
         }
         return;
       }
@@ -494,8 +561,8 @@ template <class X, class C> class Tile {
     const auto product = [&](auto& sums, int r, int c) {
       for (int b = 0; b < num_blocks; b++)
         if (blocks[b].count)
-          multiply(sums, weights(r) + b * shape.scores, weight_row(), blocks[b].values + c * LANES * PAIR<C>,
-                   shape.E * PAIR<C>, blocks[b].count);
+          multiply(sums, weights(r) + b * shape.scores, weight_row(), values_of(b, c * LANES), shape.values_of_head,
+                   blocks[b].count);
     };
     over_rows(out, out_row, shape.E / LANES, started, product);
   }
@@ -518,51 +585,79 @@ template <class X, class C> class Tile {
   template <int R, int V, class Product>
   INLINE void over_columns(int r, int& c, float* to, int64_t stride, int num, bool add, const Product& product) {
     for (; c + V <= num; c += V) {
-      F32 sums[R][V];
+      constexpr int G = GROUP<V>;
+      Sums<R, V> sums;
       for (int i = 0; i < R; i++)
         for (int j = 0; j < V; j++)
-          sums[i][j] = add ? load(to + (r + i) * stride + (c + j) * LANES) : F32{};
+          sums[j / G][i][j % G] = add ? load(to + (r + i) * stride + (c + j) * LANES) : F32{};
       product(sums, r, c);
       for (int i = 0; i < R; i++)
-        for (int j = 0; j < V; j++) store(to + (r + i) * stride + (c + j) * LANES, sums[i][j]);
+        for (int j = 0; j < V; j++) store(to + (r + i) * stride + (c + j) * LANES, sums[j / G][i][j % G]);
     }
     if constexpr (V > 1) over_columns<R, V / 2>(r, c, to, stride, num, add, product);
   }
 
 #if defined(HAS_AMX)
-  template <bool TWO> void keys_on_tiles(int b, int m, int n) {
-    clear_sums<TWO>();
-    multiply_tiles<TWO>(queries + m * D, D, blocks[b].keys + n * 2, shape.B * 2, shape.D);
-    store_sums<TWO>(scores + m * score_row + b * shape.scores + n, score_row);
+  void keys_on_tiles(int b, int m, int n) {
+    clear_sums<true>();
+    const int64_t panel = shape.keys_of_head.panel;
+    multiply_tiles<true>(queries + m * D, D, blocks[b].keys + n / WIDTH * panel, panel, shape.D);
+    store_sums<true>(scores + m * score_row + b * shape.scores + n, score_row);
   }
-  template <bool TWO> void values_on_tiles(int m, int e, int begin, int end) {
+  // The same for up to 16 rows, one panel after the other, as a processor fetches ahead what is read in order.
+  void few_on_tiles(int b, int n) {
+    finish_stores();
+    const bf16* panel = blocks[b].keys + n / WIDTH * shape.keys_of_head.panel;
+    clear_sums<false>();
+    for (int d = 0; d < shape.D; d += 32) {
+      _tile_loadd(6, panel + d * WIDTH, WIDTH * 4);
+      _tile_loadd(4, queries + d, D * 2);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    if (n + WIDTH < blocks[b].count) {
+      panel += shape.keys_of_head.panel;
+      for (int d = 0; d < shape.D; d += 32) {
+        _tile_loadd(7, panel + d * WIDTH, WIDTH * 4);
+        _tile_loadd(4, queries + d, D * 2);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+    }
+    store_sums<false>(scores + b * shape.scores + n, score_row);
+  }
+  template <bool TWO> void values_on_tiles(int m, int e) {
     float* sums = out + m * out_row + e;
+    const int64_t panel = shape.values_of_head.panel;
     started ? load_sums<TWO>(sums, out_row) : clear_sums<TWO>();
-    for (int b = begin; b < end; b++)
-      multiply_tiles<TWO>(weights(m) + b * shape.scores, weight_row(), blocks[b].values + e * 2, shape.E * 2,
-                          ceil_to(blocks[b].count, 32));
+    for (int b = 0; b < num_blocks; b++)
+      if (blocks[b].count)
+        multiply_tiles<TWO>(weights(m) + b * shape.scores, weight_row(), values_of(b, e), panel,
+                            ceil_to(blocks[b].count, 32));
     store_sums<TWO>(sums, out_row);
   }
 #endif
 
   // What was never written weighs nothing, but may be NaN.
-  void clear_unwritten(int b, const Item& item, int at) {
-    const int written = item.length - (at + b * s.block_size);
-    if (!blocks[b].count || written >= s.block_size) return;
-    const int64_t kept = int64_t((written + 1) / 2) * shape.E * 2;
-    std::memcpy((void*)cleared, blocks[b].values, sizeof(C) * kept);
-    std::memset((void*)(cleared + kept), 0, sizeof(C) * (shape.value_head - kept));
-    if (written % 2)
-      for (int e = 1; e <= shape.E; e++) cleared[kept - 2 * e + 1] = C{};
+  void clear_unwritten(int b) {
+    const int written = blocks[b].written;
+    if (!blocks[b].count || written == s.block_size) return;
+    const int64_t whole = shape.values_of_head.panel, kept = int64_t((written + 1) / 2) * WIDTH * 2;
+    for (int e = 0; e < shape.E; e += WIDTH) {
+      C* to = cleared + e / WIDTH * whole;
+      std::memcpy((void*)to, values_of(b, e), sizeof(C) * kept);
+      std::memset((void*)(to + kept), 0, sizeof(C) * (whole - kept));
+      if (written % 2)
+        for (int i = 1; i < WIDTH * 2; i += 2) to[kept - i] = C{};
+    }
     blocks[b].values = cleared;
   }
 
-  // From row m's products to weights: scale, cap, bias, mask, and the softmax so far.
-  void weigh(int m, int at, int position, int head) {
-    Row& row = this->row[m];
-    float *score = scores + m * score_row, *sum = out + m * out_row;
-    const bool plain = s.softcap == 0 && !call.slopes && s.scale > 0;  // the scale can wait
-    const float scale = plain ? s.scale : 1;
+  bool plain() const { return s.softcap == 0 && !call.slopes && s.scale > 0; }  // the scale can wait
+
+  // Row m's products as scores, but for the scale where they are plain: cap, bias and mask. The largest, scaled.
+  float look(int m, int at, int position, int head) {
+    const Row& row = this->row[m];
+    float* score = scores + m * score_row;
+    const bool plain = this->plain();
     int from = begin_column, to = begin_column;  // between these every score is seen, and plain
     if (plain && shape.scores == s.block_size) {
       from = std::clamp(ceil_to(row.low - at, LANES), begin_column, end_column);
@@ -585,23 +680,35 @@ template <class X, class C> class Tile {
       most = max(most, load(score + c)), other = max(other, load(score + c + LANES));
     if (c < to) most = max(most, load(score + c));
     mask(to, end_column);
-    const float maximum = std::max(row.maximum, largest(max(most, other)) * scale);
+    return largest(max(most, other)) * (plain ? s.scale : 1);
+  }
+
+  // From row m's scores, `largest` among them, to weights: the softmax so far.
+  void weigh(int m, float largest) {
+    Row& row = this->row[m];
+    float* sum = out + m * out_row;
+    const float maximum = std::max(row.maximum, largest);
     const float factor = row.maximum == maximum ? 1 : row.maximum == -INF ? 0 : std::exp(row.maximum - maximum);
     row.maximum = maximum;
     F32 total = load(totals + m * LANES) * factor;
-    to_weights(weights(m), score, Exponent<X>(scale, maximum == -INF ? 0 : maximum), total);
+    const Exponent<X> exponent(plain() ? s.scale : 1, maximum == -INF ? 0 : maximum);
+    to_weights(weights(m), scores + m * score_row, exponent, total);
     store(totals + m * LANES, total);
     if (started && factor != 1)
       for (int e = 0; e < shape.E; e += LANES) store(sum + e, load(sum + e) * factor);
   }
 
+  template <class T> INLINE static void store_both(T* to, F32 a, F32 b) { store(to, a), store(to + LANES, b); }
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  INLINE static void store_both(bf16* to, F32 a, F32 b) { store_raw(to, _mm512_cvtne2ps_pbh((__m512)b, (__m512)a)); }
+#endif
   void to_weights(X* weight, const float* score, const Exponent<X> exponent, F32& total) const {
     F32 other = F32{};
     int c = begin_column;
     for (; c + 2 * LANES <= end_column; c += 2 * LANES) {
       const F32 a = exponent(load(score + c)), b = exponent(load(score + c + LANES));
       total += a, other += b;
-      store(weight + c, a), store(weight + c + LANES, b);
+      store_both(weight + c, a, b);
     }
     for (; c < end_column; c += LANES) {
       const F32 a = exponent(load(score + c));
@@ -644,7 +751,7 @@ template <class X, class C> class Tile {
     }
     if (call.lse) call.lse[token * call.lse_token + h] = maximum + std::log(sum);
     const float* from = out + m * out_row;
-    S* to = (S*)call.out + token * call.out_token + h * call.out_head;
+    S* to = result<S>(item, head, m);
     factor /= sum;
     int e = 0;
     for (; e + LANES <= s.v_head_dim; e += LANES) store(to + e, load(from + e) * factor);
@@ -662,16 +769,18 @@ template <class S, class C> void attend(const Spec& s, const Step& step, const C
   }
   const int64_t num = step.num_items * s.num_kv_heads;
   Work work(num, s.num_threads);
+  Writes<S, C> writes(s, step, call);
   tiles_allowed();  // asked for before other threads need them
 #pragma omp parallel num_threads(s.num_threads)
   {
-    if (call.k) write<S, C>(s, step, call);  // ends with a barrier
     Tile<X, C> tile(s, step, call, most_tokens);
     int range = omp_get_thread_num();
     for (int64_t i; (i = work.take(range)) >= 0;) {  // a head's items follow one another, as they read the same
       const int64_t j = work.peek(range);
       const Item* next = j < 0 ? nullptr : &step.items[j % step.num_items];
-      tile.template run<S>(step.items[i % step.num_items], int(i / step.num_items), next, int(j / step.num_items));
+      const int head = int(i / step.num_items);
+      writes.finish(head);
+      tile.template run<S>(step.items[i % step.num_items], head, next, int(j / step.num_items));
     }
     if (cut) {
 #pragma omp barrier

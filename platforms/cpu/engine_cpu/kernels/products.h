@@ -103,11 +103,12 @@ template <bool TWO> INLINE void load_sums(const float* sums, int64_t stride) {
   }
 }
 template <bool TWO>
-INLINE void multiply_step(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride) {
+INLINE void multiply_step(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride,
+                          int64_t across = 32) {  // from the first 16 columns to the others
   _tile_loadd(6, columns, column_stride * 2);
   _tile_loadd(4, rows, row_stride * 2);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, columns + 32, column_stride * 2);
+  _tile_loadd(7, columns + across, column_stride * 2);
   _tile_dpbf16ps(1, 4, 7);
   if constexpr (TWO) {
     _tile_loadd(5, rows + 16 * row_stride, row_stride * 2);
