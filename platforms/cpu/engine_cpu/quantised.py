@@ -6,6 +6,9 @@ Activations keep their dtype. Any number of rows takes the same kernel, so a row
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine_cpu.attention import DTYPES
-from engine_sdk import QuantizedLinear, QuantScheme, QuantWeight, TorchQuantized, quantise
+from engine_sdk import Norm, QuantizedLinear, QuantScheme, QuantWeight, TorchQuantized, quantise
 
 _PANEL = 32
 """Outputs that lie together."""
@@ -24,6 +27,8 @@ _STEP = 32
 
 _AT_ONCE = 1 << 20
 """Weights that are rounded at a time."""
+
+_LINE, _LARGE_PAGE, _SLAB = 64, 2 << 20, 64 << 20
 
 
 class _Weight(ctypes.Structure):
@@ -44,6 +49,36 @@ class Packed:
     tensors: tuple[Tensor | None, ...]
     bias: Tensor | None
 
+    @property
+    def gates(self) -> bool:
+        """Whether the kernel can gate one half of the outputs with the other: both are whole panels."""
+        return bool(self.weight.outputs % (2 * _PANEL) == 0)
+
+
+class _Slabs:
+    """Memory in large pages, which weights that are smaller than those share. What nobody takes is never touched."""
+
+    def __init__(self, kernels: ctypes.CDLL) -> None:
+        self._kernels, self._lock = kernels, threading.Lock()
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor, not initialised."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            if nbytes > len(self._rest):
+                slab = torch.empty(max(nbytes, _SLAB) + _LARGE_PAGE, dtype=torch.uint8)
+                self._kernels.engine_large_pages(slab.data_ptr(), slab.nbytes)
+                self._rest = slab[-slab.data_ptr() % _LARGE_PAGE :]
+            part, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // _LINE) * _LINE :]
+        return part.view(dtype).view(shape)
+
+
+@functools.cache
+def _slabs(kernels: ctypes.CDLL) -> _Slabs:
+    """What the methods of all layers take from."""
+    return _Slabs(kernels)
+
 
 class CpuQuantized(QuantizedLinear):
     """The schemes ``int8`` and ``int4``; widths and groups that are no multiples of 32 take `TorchQuantized`.
@@ -55,7 +90,8 @@ class CpuQuantized(QuantizedLinear):
 
     def __init__(self, scheme: QuantScheme, kernels: ctypes.CDLL) -> None:
         super().__init__(scheme)
-        self._other, self._kernels = TorchQuantized(scheme), kernels
+        self._other, self._kernels, self._memory = TorchQuantized(scheme), kernels, _slabs(kernels)
+        kernels.engine_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         kernels.engine_pack_quantised.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
             *(ctypes.c_void_p, ctypes.c_int32),
@@ -63,7 +99,8 @@ class CpuQuantized(QuantizedLinear):
         self._multiply = kernels.engine_multiply_quantised
         self._multiply.argtypes = [
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
-            *[ctypes.c_int32] * 2,
+            *(ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p),
+            *[ctypes.c_int32] * 3,
         ]
         self._multiply.restype = None
         kernels.engine_rows_of_quantised.argtypes = [
@@ -98,10 +135,9 @@ class CpuQuantized(QuantizedLinear):
         if not outputs or not width or width % _STEP or group % _STEP or width % group or dtype not in DTYPES:
             return self._other.pack_quantized(some(slice(None)), bias)
         panels, threads = -(-outputs // _PANEL), torch.get_num_threads()
-        codes = torch.empty(panels, width * _PANEL * self.scheme.bits // 8, dtype=torch.uint8)
-        self._kernels.engine_large_pages(codes.data_ptr(), codes.nbytes)
-        scales = torch.empty(panels, width // group, _PANEL, dtype=dtype)
-        offsets = torch.empty(scales.shape, dtype=torch.int8) if zeros else None
+        codes = self._memory.take((panels, width * _PANEL * self.scheme.bits // 8), torch.uint8)
+        scales = self._memory.take((panels, width // group, _PANEL), dtype)
+        offsets = self._memory.take(tuple(scales.shape), torch.int8) if zeros else None
         step = max(1, _AT_ONCE // width // _PANEL)
         for begin in range(0, panels, step):
             part = some(slice(begin * _PANEL, (begin + step) * _PANEL))
@@ -122,19 +158,48 @@ class CpuQuantized(QuantizedLinear):
             return self._other.apply(x, packed)
         if x.dtype not in DTYPES:
             return self.apply(x.float(), packed).to(x.dtype)
-        if x.shape[-1] != packed.weight.width:
-            raise ValueError(f"a linear layer takes [..., {packed.weight.width}], and this is {list(x.shape)}")
-        out = torch.empty(*x.shape[:-1], packed.weight.outputs, dtype=x.dtype)
-        self.multiply(x.contiguous(), packed, out)
-        return out if packed.bias is None else out + packed.bias
+        y = self.multiply(x, packed)
+        return y if packed.bias is None else y + packed.bias
 
-    def multiply(self, x: Tensor, packed: Packed, out: Tensor) -> None:
-        """``out = x @ weight.T``; x [..., in] and out [..., out] are contiguous, of one of `DTYPES`."""
+    def multiply(
+        self,
+        x: Tensor,
+        packed: Packed,
+        *,
+        norm: Norm | None = None,
+        added: Tensor | None = None,
+        gated: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``x @ weight.T``, without a bias, with what stands around it in a model.
+
+        All tensors have one dtype, of `DTYPES`, and each step rounds to it, as separate operations would.
+
+        Args:
+            x: [..., in].
+            packed: the weight.
+            norm: an RMS norm of x before.
+            added: of the result's shape, contiguous, added after.
+            gated: the result is ``silu(gate) * up`` of the halves of the outputs, which the weight `gates`.
+            out: [..., out], or [..., out / 2] where gated, contiguous; a new tensor if None.
+        """
         weight = packed.weight
+        if x.shape[-1] != weight.width or x.dtype not in DTYPES:
+            raise ValueError(f"a linear layer takes [..., {weight.width}], and this is {list(x.shape)} of {x.dtype}")
+        x = x.contiguous()
+        if out is None:
+            out = torch.empty(*x.shape[:-1], weight.outputs // 2 if gated else weight.outputs, dtype=x.dtype)
         self._multiply(
             *(ctypes.addressof(weight), x.data_ptr(), x.numel() // weight.width, out.data_ptr()),
-            *(DTYPES[x.dtype], torch.get_num_threads()),
+            *((None, 0.0) if norm is None else (norm.weight.data_ptr(), norm.eps)),
+            *(None if added is None else added.data_ptr(), gated, DTYPES[x.dtype], torch.get_num_threads()),
         )
+        return out
+
+    def feed_forward(self, x: Tensor, norm: Norm, gate_up: Packed, down: Packed) -> Tensor:
+        """``x + down(silu(gate) * up)``, gate and up of the norm of x [..., in]; see `multiply`."""
+        x = x.contiguous()
+        return self.multiply(self.multiply(x, gate_up, norm=norm, gated=True), down, added=x)
 
     def rows(self, ids: Tensor, packed: object) -> Tensor:
         """See `LinearMethod.rows`; fp32. Raises `IndexError` for ids beyond."""

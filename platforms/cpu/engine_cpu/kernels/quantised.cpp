@@ -11,10 +11,11 @@
 //     piece     [k / P][32][P]
 //
 // which rows are multiplied with; the sums of each group are scaled, in float, and added. A piece has several groups, or a
-// group several pieces. All rows take this one way, and an output is summed in one order, so a row's bits depend neither on
-// other rows nor on threads.
+// group several pieces. A single row whose sums floats can make is multiplied with numbers in registers instead. An output
+// is summed in one order, so a row's bits depend neither on other rows nor on threads.
 
 #include "products.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <vector>
@@ -28,9 +29,22 @@ struct Weight {  // the same as `_Weight` in quantised.py
   int32_t bits, scale_dtype;
 };
 
+// A product with what comes before and after it in a model.
+template <class T> struct Call {
+  const Weight& weight;
+  int64_t rows;
+  const T* x;         // [M][K]
+  T* out;             // [M][N], or [M][N / 2] where gated
+  const T* norm;      // weight [K] of an RMS norm of the rows, or null
+  const T* residual;  // [M][N] that is added, or null
+  float eps;
+  bool gated;         // silu(the first half of the outputs) * the second; both are whole panels
+  int num_threads;
+};
+
 constexpr int PANEL = 32, GROUP = 32, STEP = 32, LINE = 64;
 constexpr int PIECE = 256;          // k of a panel that are numbers at a time
-constexpr int AHEAD = 1 << 14;      // bytes between what is read and what is fetched
+constexpr int AHEAD = 5 << 10;       // bytes between what is read and what is fetched: no multiple of 4 KiB, which would push each other out
 constexpr int64_t CACHE = 1 << 20, MOST_GROUPS = 16;  // of rows that stay in a core's cache while panels pass by: bytes, and at most
 constexpr int VECTORS = PANEL / LANES;
 
@@ -45,68 +59,99 @@ INLINE float scalar_as(const void* p, int64_t i, int32_t dtype) {
   return dtype == FLOAT32 ? ((const float*)p)[i] : dtype == BFLOAT16 ? to_float(((const bf16*)p)[i]) : to_float(((const f16*)p)[i]);
 }
 
-// Codes to numbers: `count` k, a multiple of 8, of a panel.
+// Codes to numbers. A vector has 8 k of some outputs: floats, or pairs of bf16, which has all bits that these numbers need.
 
 typedef int8_t I8 __attribute__((vector_size(LANES)));
 
-INLINE void widen_piece(const Weight& w, const uint8_t* codes, int count, float* to) {
-  if (w.bits == 8) {
-    for (int i = 0; i < count * PANEL; i += LANES)
-      store(to + i, __builtin_convertvector(load_raw<I8>((const int8_t*)codes + i), F32));
-    return;
-  }
-  for (int k = 0; k < count; k += 8, codes += PANEL * 4, to += PANEL * 8)
-    for (int n = 0; n < PANEL; n += LANES) {
-      const U32 words = load_raw<U32>(codes + n * 4);
-      for (int i = 0; i < 8; i++)
-        store(to + i * PANEL + n, __builtin_convertvector((I32)(words >> (i / 2 * 4 + i % 2 * 16) & 15u) - 8, F32));
-    }
+INLINE F32 load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));  // compilers convert one by one
+#else
+  return __builtin_convertvector(load_raw<I8>(p), F32);
+#endif
 }
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-INLINE void widen_piece(const Weight& w, const uint8_t* codes, int count, bf16* to) {
-  if (w.bits == 8) {  // integers of 8 bits have no bits where a float has more than bf16
-    for (int k = 0; k < count; k += 2, codes += PANEL * 2) {
-      __builtin_prefetch(codes + AHEAD, 0, 2);
-      for (int n = 0; n < PANEL; n += 16, to += 32) {
-        const __m512i even = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + n)))));
-        const __m512i odd = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + PANEL + n)))));
-        _mm512_storeu_si512(to, _mm512_or_si512(odd, _mm512_srli_epi32(even, 16)));
-      }
-    }
+template <int BITS> INLINE void widen(const uint8_t* codes, F32 (&numbers)[8]) {
+  if (BITS == 8) {
+    for (int i = 0; i < 8; i++) numbers[i] = load_bytes((const int8_t*)codes + i * PANEL);
     return;
   }
-  // The bits of -8 to 7 in bf16, twice: the fifth bit of an index does not count.
-  alignas(LINE) static const uint16_t numbers[32] = {
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  const __m512i table = _mm512_load_si512(numbers);
-  for (int k = 0; k < count; k += 8, codes += PANEL * 4, to += PANEL * 8)
-    for (int n = 0; n < PANEL; n += 16) {
-      __builtin_prefetch(codes + n * 4 + AHEAD, 0, 2);
-      const __m512i words = _mm512_loadu_si512(codes + n * 4);
-      _mm512_storeu_si512(to + n * 2, _mm512_permutexvar_epi16(words, table));
-      _mm512_storeu_si512(to + n * 2 + PANEL * 2, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table));
-      _mm512_storeu_si512(to + n * 2 + PANEL * 4, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table));
-      _mm512_storeu_si512(to + n * 2 + PANEL * 6, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table));
-    }
-}
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-INLINE void widen_piece(const Weight& w, const uint8_t* codes, int count, bf16* to) {
-  float numbers[8 * PANEL];  // which have no bits that bf16 lacks
-  for (int k = 0; k < count; k += 8, codes += PANEL * w.bits, to += PANEL * 8) {
-    widen_piece(w, codes, 8, numbers);
-    for (int i = 0; i < 8 * PANEL; i += 2 * PANEL)
-      for (int n = i; n < i + PANEL; n += LANES)
-        store_raw(to + n * 2 - i, load_raw<U32>(numbers + n) >> 16 | (load_raw<U32>(numbers + n + PANEL) & 0xffff0000u));
+  const U32 words = load_raw<U32>(codes);
+  for (int i = 0; i < 8; i++) {
+    const U32 shifted = words >> (i / 2 * 4 + i % 2 * 16);
+#if defined(__AVX512F__)
+    const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);  // higher bits do not count
+    numbers[i] = (F32)_mm512_permutexvar_ps((__m512i)shifted, table);
+#else
+    numbers[i] = __builtin_convertvector((I32)(shifted & 15u) - 8, F32);
+#endif
   }
 }
+
+template <int BITS> INLINE void widen(const uint8_t* codes, U32 (&pairs)[4]) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  if (BITS == 4) {
+    // The bits of -8 to 7 in bf16, twice: the fifth bit of an index does not count.
+    alignas(LINE) static const uint16_t numbers[32] = {
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    const __m512i table = _mm512_load_si512(numbers), words = _mm512_loadu_si512(codes);
+    for (int i = 0; i < 4; i++) pairs[i] = (U32)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * i), table);
+    return;
+  }
 #endif
+  F32 numbers[8];
+  widen<BITS>(codes, numbers);
+  for (int i = 0; i < 4; i++) pairs[i] = (U32)numbers[2 * i] >> 16 | (U32)numbers[2 * i + 1];
+}
+
+// Where codes of some outputs are among those of 8 k of a panel.
+template <int BITS> INLINE int place(int n) { return BITS == 8 ? n : n * 4; }
+
+INLINE void fetch(const uint8_t* codes, int bytes) {
+  for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(codes + AHEAD + i, 0, 2);
+}
+
+// `count` k, a multiple of 8, of a panel.
+template <int BITS, class X> void widen_piece(const uint8_t* codes, int count, X* to) {
+  using V = std::conditional_t<std::is_same_v<X, float>, F32, U32>;
+  for (int k = 0; k < count; k += 8, codes += PANEL * BITS, to += PANEL * 8) {
+    fetch(codes, PANEL * BITS);
+    for (int n = 0; n < PANEL; n += LANES) {
+      V numbers[8 / PAIR<X>];
+      widen<BITS>(codes + place<BITS>(n), numbers);
+      for (int i = 0; i < 8 / PAIR<X>; i++) store_raw(to + (i * PANEL + n) * PAIR<X>, numbers[i]);
+    }
+  }
+}
 
 template <class X> struct Rows {
   const X* data;
   int64_t row, group, step;  // elements from row to row, from 32 rows to the next, from 32 k to the next
 };
+
+// The sums of a single row, x [K], with the group or part of one that starts at `codes`.
+//
+// A tile adds, for 32 k, the products with even k and those with odd k in a chain each, and the sum of both to what is there:
+// so does TILES, and multiplies and adds at the same time as a tile does, which gives its bits where `Flushing`.
+template <int BITS, bool TILES>
+INLINE void multiply_row(const uint8_t* codes, const float* x, int64_t count, F32 (&sums)[VECTORS]) {
+  for (int64_t begin = 0; begin < count; begin += STEP) {
+    F32 even[VECTORS] = {}, odd[VECTORS] = {};
+    for (int k = 0; k < STEP; k += 8, codes += PANEL * BITS, x += 8) {
+      fetch(codes, PANEL * BITS);
+      for (int j = 0; j < VECTORS; j++) {
+        F32 numbers[8];
+        widen<BITS>(codes + place<BITS>(j * LANES), numbers);
+        for (int i = 0; i < 8; i++) {
+          F32& sum = !TILES ? sums[j] : i % 2 ? odd[j] : even[j];
+          sum = x[i] * numbers[i] + sum;
+        }
+      }
+    }
+    for (int j = 0; TILES && j < VECTORS; j++) sums[j] += even[j] + odd[j];
+  }
+}
 
 #if defined(HAS_AMX)
 // sums [32 or 16][32] = rows x piece, added to what is there unless it is the first of a group.
@@ -152,32 +197,84 @@ INLINE void multiply(const Rows<X>& x, const X* rows, int count, const X* piece,
 // What the sums of a group are made into.
 struct Scale {
   F32 factors[VECTORS], zeros[VECTORS];
-  Scale(const Weight& w, int64_t panel, int64_t group) : zeros{} {
-    const int64_t at = (panel * num_groups(w) + group) * PANEL;
+  Scale(const Weight& w, int64_t group) : zeros{} {  // as they lie, panel by panel
     for (int j = 0; j < VECTORS; j++) {
-      factors[j] = load_as(w.scales, at + j * LANES, w.scale_dtype);
-      if (w.zeros) zeros[j] = __builtin_convertvector(load_raw<I8>(w.zeros + at + j * LANES), F32);
+      factors[j] = load_as(w.scales, group * PANEL + j * LANES, w.scale_dtype);
+      if (w.zeros) zeros[j] = load_bytes(w.zeros + group * PANEL + j * LANES);
     }
+  }
+  // total + (sum - zeros * the sum of x) * factors; `x_sum` is null without zeros.
+  INLINE F32 add(int j, F32 total, F32 sum, const float* x_sum) const {
+    if (x_sum) sum = sum - zeros[j] * *x_sum;
+    return total + sum * factors[j];
   }
 };
 
-// total [rows][32] += (sums - zeros * the sum of x) * factors; `x_sums` is null without zeros.
+// Of `rows` [32] each; `stride` from one row's sum of x to the next.
 INLINE void add_group(const Scale& scale, const float* x_sums, int64_t stride, const float* sums, int rows, float* total) {
   for (int m = 0; m < rows; m++, sums += PANEL, total += PANEL)
-    for (int j = 0; j < VECTORS; j++) {
-      F32 sum = load(sums + j * LANES);
-      if (x_sums) sum = sum - scale.zeros[j] * x_sums[m * stride];
-      store(total + j * LANES, load(total + j * LANES) + sum * scale.factors[j]);
-    }
+    for (int j = 0; j < VECTORS; j++)
+      store(total + j * LANES, scale.add(j, load(total + j * LANES), load(sums + j * LANES), x_sums ? x_sums + m * stride : nullptr));
 }
 
-template <class T> void store_rows(const Weight& w, const float* total, int64_t rows, int64_t n, T* out) {
-  const int count = int(std::min<int64_t>(PANEL, w.outputs - n));
-  for (int64_t m = 0; m < rows; m++, total += PANEL, out += w.outputs) {
-    int j = 0;
-    for (; j + LANES <= count; j += LANES) store(out + n + j, load(total + j));
-    for (; j < count; j++) from_float(total[j], out + n + j);
+// Numbers below the smallest normal one count as zero while it lives, as in tiles.
+struct Flushing {
+#if defined(HAS_AMX)
+  const unsigned before = _mm_getcsr();
+  Flushing(bool wanted) { if (wanted) _mm_setcsr(before | 0x8040); }
+  ~Flushing() { _mm_setcsr(before); }
+#else
+  Flushing(bool) {}
+#endif
+};
+
+// total [32] of a single row; `x_sums` are those of its parts.
+template <int BITS, bool TILES>
+void row_of_panel(const Weight& w, int64_t n, const float* x, const float* x_sums, int64_t part, float* total) {
+  const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
+  const int64_t groups = num_groups(w), scale_bytes = PANEL * (w.scale_dtype == FLOAT32 ? 4 : 2);
+  F32 totals[VECTORS] = {};
+  for (int64_t g = n * groups; g < (n + 1) * groups; g++) {
+    for (int64_t k = 0; k < w.group; k += part, codes += part * BITS / 8 * PANEL, x += part) {
+      F32 sums[VECTORS] = {};
+      multiply_row<BITS, TILES>(codes, x, part, sums);
+      const Scale scale(w, g);
+      for (int j = 0; j < VECTORS; j++) totals[j] = scale.add(j, totals[j], sums[j], x_sums);
+      if (x_sums) x_sums++;
+    }
+    __builtin_prefetch((const char*)w.scales + g * scale_bytes + AHEAD / 8);
   }
+  for (int j = 0; j < VECTORS; j++) store(total + j * LANES, totals[j]);
+}
+
+// `count` columns of a row, as many as a vector would have, beyond which nothing is touched.
+template <class T> INLINE F32 load_some(const T* p, int count) {
+  if (count >= LANES) return load(p);
+  T whole[LANES] = {};
+  std::memcpy(whole, p, count * sizeof(T));
+  return load(whole);
+}
+template <class T> INLINE void store_some(T* p, F32 v, int count) {
+  if (count >= LANES) return store(p, v);
+  T whole[LANES];
+  store(whole, v);
+  std::memcpy(p, whole, count * sizeof(T));
+}
+
+// Totals [rows][32] of the outputs from n on, and `more` of those half of all outputs later where gated, to rows from m on.
+// Each step rounds as an operation of its own would.
+template <class T>
+void finish(const Call<T>& c, const float* totals, const float* more, int64_t rows, int64_t m, int64_t n) {
+  const int64_t stride = c.weight.outputs / (c.gated ? 2 : 1);
+  const int count = int(std::min<int64_t>(PANEL, stride - n));
+  for (int64_t i = 0; i < rows; i++, totals += PANEL, more += PANEL)
+    for (int j = 0; j < count; j += LANES) {
+      const int64_t at = (m + i) * stride + n + j;
+      F32 v = load(totals + j);
+      if (c.gated) v = rounded<T>(silu(rounded<T>(v))) * rounded<T>(load(more + j));
+      if (c.residual) v = rounded<T>(v) + load_some(c.residual + at, count - j);
+      store_some(c.out + at, v, count - j);
+    }
 }
 
 // x_sums [M][parts]: of each row, over the k of a part, in one order.
@@ -190,71 +287,111 @@ template <class X> void sum_parts(const Rows<X>& x, int64_t m, int64_t width, in
   }
 }
 
-template <class T, class X>
-void run(const Weight& w, const Rows<X>& x, int64_t rows, T* out, int num_threads) {
-  const bool even = w.group == w.width || w.group % PIECE == 0 || PIECE % w.group == 0;
-  const int64_t part = even ? w.group : STEP;  // k of one scale that are summed at a time
-  const int64_t parts = w.width / part, panels = num_panels(w), groups = (rows + GROUP - 1) / GROUP;
-  const int64_t most = std::clamp<int64_t>(CACHE / (w.width * int64_t(sizeof(X))) / GROUP, 1, MOST_GROUPS);
-  const int64_t passes = (groups + most - 1) / most;
-  std::vector<float> x_sums(w.zeros ? rows * parts : 0);
-#pragma omp parallel num_threads(num_threads)
-  {
-    const int first = int(std::min<int64_t>(16, rows)), second = int(std::clamp<int64_t>(rows - 16, 1, 16));
-    [[maybe_unused]] Tiles configured(first, second);
-    if (w.zeros) {
-#pragma omp for schedule(static)
-      for (int64_t m = 0; m < rows; m++) sum_parts(x, m, w.width, part, x_sums.data() + m * parts);
-    }
-    alignas(LINE) X numbers[PIECE * PANEL];
-    alignas(LINE) float sums[MOST_GROUPS * GROUP * PANEL], totals[MOST_GROUPS * GROUP * PANEL];
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t begin = groups * pass / passes, end = groups * (pass + 1) / passes;
-#pragma omp for schedule(static) nowait
-      for (int64_t n = 0; n < panels; n++) {
-        const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
-        const int64_t here = std::min(rows, end * GROUP) - begin * GROUP;
-        std::fill_n(totals, here * PANEL, 0.0f);
-        for (int64_t k = 0; k < w.width; k += PIECE) {
-          const int64_t stop = std::min<int64_t>(w.width, k + PIECE);
-          widen_piece(w, codes + k * w.bits / 8 * PANEL, int(stop - k), numbers);
+// Totals [rows][32] of a panel and the row groups from `begin` on.
+template <class X>
+void multiply_panel(const Weight& w, int64_t n, const Rows<X>& x, int64_t rows, int64_t begin, int64_t end, const float* x_sums,
+                    int64_t part, float* totals) {
+  const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
+  const int64_t parts = w.width / part;
+  alignas(LINE) X numbers[PIECE * PANEL];
+  alignas(LINE) float sums[MOST_GROUPS * GROUP * PANEL];
+  std::fill_n(totals, (std::min(rows, end * GROUP) - begin * GROUP) * PANEL, 0.0f);
+  for (int64_t k = 0; k < w.width; k += PIECE) {
+    const int64_t stop = std::min<int64_t>(w.width, k + PIECE);
+    if (w.bits == 8) widen_piece<8>(codes + k * PANEL, int(stop - k), numbers);
+    else widen_piece<4>(codes + k / 2 * PANEL, int(stop - k), numbers);
 #if defined(HAS_AMX)
-          finish_stores();
+    finish_stores();
 #endif
-          for (int64_t g = begin; g < end; g++) {
-            const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
-            const int64_t at = (g - begin) * GROUP * PANEL;
-            for (int64_t i = k; i < stop; i += part) {  // once, where a group has several pieces
-              const int64_t until = std::min(stop, i + part);
-              const X* from = x.data + g * x.group + i / STEP * x.step;
-              multiply(x, from, count, numbers + (i - k) * PANEL, int((until - i) / STEP), i % part == 0, sums + at);
-              const float* row_sums = w.zeros ? x_sums.data() + g * GROUP * parts + i / part : nullptr;
-              if (until % part == 0) add_group(Scale(w, n, i / w.group), row_sums, parts, sums + at, count, totals + at);
-            }
-          }
-        }
-        store_rows(w, totals, here, n * PANEL, out + begin * GROUP * w.outputs);
+    for (int64_t g = begin; g < end; g++) {
+      const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
+      const int64_t at = (g - begin) * GROUP * PANEL;
+      for (int64_t i = k; i < stop; i += part) {  // once, where a group has several pieces
+        const int64_t until = std::min(stop, i + part);
+        const X* from = x.data + g * x.group + i / STEP * x.step;
+        multiply(x, from, count, numbers + (i - k) * PANEL, int((until - i) / STEP), i % part == 0, sums + at);
+        const float* row_sums = x_sums ? x_sums + g * GROUP * parts + i / part : nullptr;
+        if (until % part == 0)
+          add_group(Scale(w, n * num_groups(w) + i / w.group), row_sums, parts, sums + at, count, totals + at);
       }
     }
   }
 }
 
-// Rows as X, in groups of 32: [M' / 32][K / 32][32][32].
-template <class T, class X> void multiply_rows(const Weight& w, const T* x, int64_t rows, T* out, int num_threads) {
+// The same of a single row.
+template <bool TILES>
+void multiply_panel(const Weight& w, int64_t n, const float* x, const float* x_sums, int64_t part, float* totals) {
+  if (w.bits == 8) row_of_panel<8, TILES>(w, n, x, x_sums, part, totals);
+  else row_of_panel<4, TILES>(w, n, x, x_sums, part, totals);
+}
+
+// Threads share the panels. Where rows are more than a core's cache holds, panels pass by several times.
+template <class T, class X> void run(const Call<T>& c, const Rows<X>& x) {
+  const Weight& w = c.weight;
+  const bool even = w.group == w.width || w.group % PIECE == 0 || PIECE % w.group == 0;
+  const int64_t part = even ? w.group : STEP;  // k of one scale that are summed at a time
+  const int64_t rows = c.rows, panels = num_panels(w), groups = (rows + GROUP - 1) / GROUP, halves = c.gated ? 2 : 1;
+  const int64_t most = std::clamp<int64_t>(CACHE / (w.width * int64_t(sizeof(X))) / GROUP, 1, MOST_GROUPS);
+  const int64_t passes = (groups + most - 1) / most;
+  const bool tiles = std::is_same_v<T, bf16> && tiles_allowed();
+  std::vector<float> x_sums(w.zeros ? rows * (w.width / part) : 0);
+  const float* const sums = w.zeros ? x_sums.data() : nullptr;
+#pragma omp parallel num_threads(c.num_threads)
+  {
+    const int first = int(std::min<int64_t>(16, rows)), second = int(std::clamp<int64_t>(rows - 16, 1, 16));
+    [[maybe_unused]] Tiles configured(first, second);
+    if (w.zeros) {
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < rows; m++) sum_parts(x, m, w.width, part, x_sums.data() + m * (w.width / part));
+    }
+    alignas(LINE) float totals[2][MOST_GROUPS * GROUP * PANEL];
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t begin = groups * pass / passes, end = groups * (pass + 1) / passes;
+#pragma omp for schedule(static) nowait
+      for (int64_t n = 0; n < panels / halves; n++) {
+        for (int64_t half = 0; half < halves; half++) {
+          const int64_t panel = n + half * panels / 2;
+          const Flushing flushing(tiles);
+          if constexpr (std::is_same_v<X, float>) {
+            if (rows == 1) {
+              if (tiles) multiply_panel<true>(w, panel, x.data, sums, part, totals[half]);
+              else multiply_panel<false>(w, panel, x.data, sums, part, totals[half]);
+              continue;
+            }
+          }
+          multiply_panel(w, panel, x, rows, begin, end, sums, part, totals[half]);
+        }
+        finish(c, totals[0], totals[1], std::min(rows, end * GROUP) - begin * GROUP, begin * GROUP, n * PANEL);
+      }
+    }
+  }
+}
+
+// Rows as X, in groups of 32, or of all if they are fewer: [M' / 32][K / 32][32][32].
+template <class T, class X> void multiply_rows(const Call<T>& c) {
+  const int64_t rows = c.rows, width = c.weight.width, together = std::min<int64_t>(rows, GROUP) * STEP;
   if constexpr (std::is_same_v<T, X>)
-    if (rows <= GROUP) return run<T, X>(w, {x, w.width, 0, STEP}, rows, out, num_threads);
-  const int64_t groups = (rows + GROUP - 1) / GROUP;
+    if (rows <= GROUP && !c.norm) return run<T, X>(c, {c.x, width, 0, STEP});
   thread_local std::vector<X> memory;
-  const size_t needed = groups * GROUP * w.width + LINE;
+  const size_t needed = (rows + GROUP) * width + LINE;
   if (memory.size() < needed) memory.resize(needed);
   X* const packed = (X*)((uintptr_t(memory.data()) + LINE - 1) / LINE * LINE);
-#pragma omp parallel for schedule(static) num_threads(rows * w.width < 1 << 16 ? 1 : num_threads)
-  for (int64_t m = 0; m < rows; m++) {
-    X* to = packed + m / GROUP * GROUP * w.width + m % GROUP * STEP;
-    for (int64_t k = 0; k < w.width; k += STEP, to += GROUP * STEP)
-      for (int i = 0; i < STEP; i++) to[i] = converted<T, X>(x[m * w.width + k + i]);
+#pragma omp parallel num_threads(rows * width < 1 << 16 ? 1 : c.num_threads)
+  {
+    std::vector<T> normed(c.norm ? width : 0);
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+      const T* from = c.x + m * width;
+      if (c.norm) {
+        norm_row(from, c.norm, width, c.eps, normed.data());
+        from = normed.data();
+      }
+      X* to = packed + m / GROUP * GROUP * width + m % GROUP * STEP;
+      for (int64_t k = 0; k < width; k += STEP, to += together)
+        for (int i = 0; i < STEP; i++) to[i] = converted<T, X>(from[k + i]);
+    }
   }
-  run<T, X>(w, {packed, STEP, GROUP * w.width, GROUP * STEP}, rows, out, num_threads);
+  run<T, X>(c, {packed, STEP, GROUP * width, together});
 }
 
 int code(const Weight& w, int64_t row, int64_t k) {
@@ -289,15 +426,20 @@ extern "C" void engine_pack_quantised(const int8_t* values, int64_t outputs, int
   }
 }
 
-// x [M][K] -> out [M][N], both of `dtype`.
-extern "C" void engine_multiply_quantised(const Weight* w, const void* x, int64_t rows, void* out, int32_t dtype,
-                                          int32_t num_threads) {
+// x [M][K] -> out, all of `dtype`; see `Call`.
+extern "C" void engine_multiply_quantised(const Weight* w, const void* x, int64_t rows, void* out, const void* norm, float eps,
+                                          const void* residual, int32_t gated, int32_t dtype, int32_t num_threads) {
   using X = std::conditional_t<MULTIPLIES_BF16, bf16, float>;
   if (rows == 0) return;
-  tiles_allowed();  // asked for before other threads need them
-  if (dtype == FLOAT32) multiply_rows<float, float>(*w, (const float*)x, rows, (float*)out, num_threads);
-  if (dtype == FLOAT16) multiply_rows<f16, float>(*w, (const f16*)x, rows, (f16*)out, num_threads);
-  if (dtype == BFLOAT16) multiply_rows<bf16, X>(*w, (const bf16*)x, rows, (bf16*)out, num_threads);
+  const bool tiles = tiles_allowed();  // asked for before other threads need them
+  const auto call = [&](auto t) {
+    using T = decltype(t);
+    return Call<T>{*w, rows, (const T*)x, (T*)out, (const T*)norm, (const T*)residual, eps, gated != 0, num_threads};
+  };
+  if (dtype == FLOAT32) multiply_rows<float, float>(call(0.0f));
+  if (dtype == FLOAT16) multiply_rows<f16, float>(call(f16{}));
+  if (dtype == BFLOAT16 && rows == 1 && tiles) multiply_rows<bf16, float>(call(bf16{}));
+  else if (dtype == BFLOAT16) multiply_rows<bf16, X>(call(bf16{}));
 }
 
 // out [count][K], floats: the rows `ids` of the weight.
