@@ -48,6 +48,7 @@ def with_tokenizer(model: Path, folder: Path) -> str:
 def first_token(command: list[str], threads: int) -> tuple[float, float]:
     """Seconds until the process writes what it generated, and its processor time by the end."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package comes with its bytecode
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env) as process:
         assert process.stdout is not None

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from engine.config import CacheConfig, EngineArgs, SchedulerConfig
 from engine.discovery import RUNNERS, discover
@@ -25,9 +25,11 @@ from engine.kv.pool import KVPlan
 from engine.model.share import Share
 from engine.plugins import Hooks, get_hooks, load_platform, pick
 from engine.request import CoreOutput, CoreRequest
-from engine.runner import ModelRunner, resolve
 from engine.scheduler import Scheduler
 from engine.step import Step, StepResult
+
+if TYPE_CHECKING:
+    from engine.runner import ModelRunner
 
 
 class Launched(Protocol):
@@ -65,6 +67,10 @@ def make_runner(
 ) -> ModelRunner:
     """The runner in this process: of the whole model, or of a `share` of it on the platform as that share sees it."""
     platform = load_platform(args.platform, args.device_index)
+    source = get_hooks().engine_load_formats().get(args.load_format)
+    platform.memory().expect(getattr(source, "nbytes", lambda args: 0)(args) // args.world_size)
+    from engine.runner import ModelRunner, resolve  # Transformers' modules take seconds, which the platform may use
+
     platform, mine = share(platform) if share else (platform, None)
     args = resolve(args, platform, get_hooks().engine_config_defaults(asdict(args)))
     kinds: list[Any] = [kind for plugin in discover(RUNNERS) if (kind := cast(Any, plugin.load())).claims(args)]
@@ -73,11 +79,9 @@ def make_runner(
 
 def make_core(args: EngineArgs, *, progress: bool = False) -> EngineCore:
     """An `EngineCore`, or what stands for several replicas of one with `data_parallel_size`."""
-    make = (
-        EngineCore
-        if args.data_parallel_size == 1
-        else pick("distributed_executor_backend", "replicas", get_hooks().engine_executors())
-    )
+    if args.data_parallel_size == 1:
+        return EngineCore(args, progress=progress)
+    make = pick("distributed_executor_backend", "replicas", get_hooks().engine_executors())
     return cast("EngineCore", make(args, progress=progress))
 
 
@@ -97,7 +101,7 @@ class EngineCore:
 
     def add(self, request: CoreRequest) -> None:
         """Queue a sequence; raises `RequestError` with the reason when it can never run. Waits for `prepare`."""
-        if request.params.logits_processors and not isinstance(self.runner, ModelRunner):
+        if request.params.logits_processors and not hasattr(self.runner, "sampler"):
             raise RequestError("logits_processors are Python functions, which cannot reach the processes of ranks")
         if preparing := self.prepare(request):
             preparing.result()

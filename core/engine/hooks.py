@@ -54,7 +54,8 @@ def engine_load_formats() -> Mapping[str, Callable[..., Any]] | None:
         The word that ``--load-format`` takes to a function, which is called as ``plan = open(model, args)`` with the
         `EngineArgs`, while the model's parameters are on `meta`: it checks what it can, and changes nothing but which
         are tied. Once they have storage, ``plan.fill(device, progress=bool)`` fills them. A parameter with a ``cut``
-        (`engine.model.load.Cut`) keeps a part of its tensor. Two plugins that read one format are an error.
+        (`engine.model.load.Cut`) keeps a part of its tensor. ``open.nbytes(args)``, if it is there, says early how many
+        bytes of weights stay as they are stored. Two plugins that read one format are an error.
     """
 
 

@@ -45,10 +45,8 @@ class LLM:
         self.info: EngineInfo = self._core.info
         tokenizer, args = None, self.args
         if not args.skip_tokenizer_init:
-            trust, size = args.trust_remote_code, self.info.vocab_size
-            tokenizer = load_tokenizer(
-                args.tokenizer or self.info.model, args.tokenizer_mode, trust=trust, vocab_size=size
-            )
+            name, mode = args.tokenizer or self.info.model, args.tokenizer_mode
+            tokenizer = load_tokenizer(name, mode, trust=args.trust_remote_code, vocab_size=self.info.vocab_size)
         self._frontend = Frontend(self.info, tokenizer, self.args.seed)
         self._ids = itertools.count()
         self._dead: Exception | None = None

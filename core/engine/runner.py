@@ -36,6 +36,9 @@ from engine.step import Step, StepResult
 
 log = logging.getLogger(__name__)
 
+if not gc.isenabled():
+    gc.freeze()  # a command begins: what there is so far are modules, and they stay
+
 _DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "block_size": 16}
 
 
@@ -94,8 +97,7 @@ class ModelRunner:
     def __init__(
         self, args: EngineArgs, platform: Platform, share: Share | None = None, *, progress: bool = False
     ) -> None:
-        gc.collect()  # an engine that was dropped before may be a reference cycle, and hold its memory
-        platform.memory().release()
+        platform.memory().release()  # of an engine that was dropped before, too
         self.platform, self._share, self.args = platform, share, args
         self._device = device = platform.device()
         device.activate()
@@ -115,10 +117,8 @@ class ModelRunner:
         if share is not None:
             num_blocks = share.least(num_blocks)
         max_len, self.min_blocks = _fit(self.kv_plan, num_blocks, args, self.model.max_model_len)
-        self.scheduler_config = SchedulerConfig(
-            *(args.max_num_seqs, args.max_num_batched_tokens, max_len, args.scheduling_policy),
-            stages=args.pipeline_parallel_size,
-        )
+        limits = args.max_num_seqs, args.max_num_batched_tokens, max_len, args.scheduling_policy
+        self.scheduler_config = SchedulerConfig(*limits, stages=args.pipeline_parallel_size)
         self.cache_config = CacheConfig(num_blocks, args.enable_prefix_caching)
         self.pool = KVPool(self.kv_plan, backends, platform, num_blocks)
         self._plans = self._bind()
@@ -127,9 +127,8 @@ class ModelRunner:
         eager = args.enforce_eager or declared.graphs == "none" or (share is not None and not share.capturable)
         runtime = None if eager else platform.graphs()
         mixed, config = declared.graphs == "full", self.scheduler_config
-        self._graphs = runtime and StepGraphs(
-            runtime, mixed, config, self._staging, self.builder, self._plans, self._forward
-        )
+        parts = self._staging, self.builder, self._plans, self._forward
+        self._graphs = runtime and StepGraphs(runtime, mixed, config, *parts)
         vocab_size, ops = self.model.vocab_size, platform.ops()
         self.sampler = Sampler(vocab_size, args.max_num_seqs, device.torch_device, ops, args.seed)
         self.sampler.grammars = get_hooks().engine_grammars(asdict(args), vocab_size)
@@ -285,9 +284,8 @@ def resolve(args: EngineArgs, platform: Platform, plugin_defaults: dict[str, Any
     options = asdict(args)
     patch = platform.configure(options)
     if patch.refusals:
-        raise ConfigError(
-            "; ".join(f"{name}={options[name]!r} on {platform.name}: {why}" for name, why in patch.refusals.items())
-        )
+        reasons = (f"{name}={options[name]!r} on {platform.name}: {why}" for name, why in patch.refusals.items())
+        raise ConfigError("; ".join(reasons))
     for source, values in ((platform.name, patch.defaults), ("engine", _DEFAULTS)):
         chosen: dict[str, Any] = {k: v for k, v in values.items() if getattr(args, k) is None}
         if chosen:

@@ -65,6 +65,9 @@ class Device(ABC):
 class MemoryManager(ABC):
     """What of the device's memory the engine may have."""
 
+    def expect(self, nbytes: int) -> None:  # noqa: B027
+        """Weights of about so many bytes, kept as stored, come in seconds: what takes long may begin on a thread."""
+
     @abstractmethod
     def kv_budget(self, fraction: float) -> int:
         """Bytes left for the KV cache when the process may take `fraction` of the device, weights being loaded."""
@@ -79,4 +82,4 @@ class MemoryManager(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Hand cached, unused memory back to the device."""
+        """Hand cached, unused memory back to the device, and what garbage holds: a dropped engine may be a cycle."""

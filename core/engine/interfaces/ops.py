@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -105,6 +105,10 @@ class LinearMethod(ABC):
     @abstractmethod
     def pack(self, weight: Tensor, bias: Tensor | None) -> object:
         """Take a loaded weight [out, in] over, once. The core drops its own reference, so that no second copy stays."""
+
+    def pack_joined(self, weights: Sequence[Tensor], bias: Tensor | None) -> object:
+        """`pack` of several weights as one, their rows one below the other; a method may do without joining them."""
+        return self.pack(weights[0] if len(weights) == 1 else torch.cat(tuple(weights)), bias)
 
     @abstractmethod
     def apply(self, x: Tensor, packed: object) -> Tensor:

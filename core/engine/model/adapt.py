@@ -65,9 +65,8 @@ class AdaptedModel:
     def run(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Any:
         """The model's own output for the flattened tokens of a batch, int64 [N], with a batch dimension of 1."""
         self.context.begin(position_ids)
-        return self.model(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, return_dict=True, **arguments
-        )
+        inputs = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+        return self.model(**inputs, use_cache=False, return_dict=True, **arguments)
 
     def attach(self, seen: Observations, platform: Platform, kv_dtype: torch.dtype) -> None:
         """Take over what a probe saw: the size of the vocabulary, and attention, with the platform's backends."""
@@ -109,7 +108,7 @@ def load_model(
     stored = getattr(config, "quantization_config", None) or {}
     if word := args.quantization or stored.get("quant_method", stored and "unnamed"):
         pick("quantization", word, get_hooks().engine_quantization())(model, args, seen)
-    plan = _open(model, args)
+    plan = pick("load_format", args.load_format, get_hooks().engine_load_formats())(model, args)
     parts: list[Any] = []
     for swap in get_hooks().engine_swaps().values():
         parts += swap(model, seen or Observations(), platform.linear)
@@ -130,11 +129,6 @@ def load_model(
     return adapted
 
 
-def _open(model: PreTrainedModel, args: EngineArgs) -> Any:
-    """A plan of what is read where, by the plugin that knows the load format."""
-    return pick("load_format", args.load_format, get_hooks().engine_load_formats())(model, args)
-
-
 def build(
     config: PreTrainedConfig, dtype: torch.dtype, auto: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -150,10 +144,8 @@ def build(
             # The text part of a larger model, saved by itself, is known by its class only.
             part = getattr(transformers, (config.architectures or [""])[0], None)
             if part is None or part.config_class is not type(config):
-                raise UnsupportedModelError(
-                    f"Transformers {transformers.__version__} has no causal language model for {config.model_type!r}: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
+                what = f"Transformers {transformers.__version__} has no causal language model for {config.model_type!r}"
+                raise UnsupportedModelError(f"{what}: {str(error).splitlines()[0]}") from error
             model = part._from_config(config, **options)
     _refuse_states(model)
     for pattern, kept in model._get_dtype_plan(dtype).items():

@@ -80,7 +80,7 @@ class CpuPlatform(TorchPlatform):
         """A `PackedLinear`, where kernels are built or this torch has oneDNN; a `CpuQuantized`, where they are."""
         kernels = native.library()
         if scheme is None and (kernels is not None or linear.available()):
-            return linear.PackedLinear(kernels)
+            return linear.PackedLinear(kernels, self._host_memory)
         method = super().linear(scheme)
         return CpuQuantized(scheme, kernels) if scheme is not None and kernels is not None else method
 
@@ -89,7 +89,7 @@ class CpuPlatform(TorchPlatform):
         return self._host_memory
 
     @functools.cached_property
-    def _host_memory(self) -> MemoryManager:
+    def _host_memory(self) -> HostMemory:
         return HostMemory(self.device())
 
     def configure(self, options: Mapping[str, Any]) -> ConfigPatch:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine_cpu.memory import HostMemory
 from engine_sdk import LinearMethod, Norm
 
 _ROWS = 16
@@ -53,10 +55,11 @@ class PackedLinear(LinearMethod):
 
     Args:
         kernels: the library that `engine_cpu.native` built; None leaves bf16 to oneDNN too.
+        memory: gives bf16 weights their place; None takes torch's.
     """
 
-    def __init__(self, kernels: ctypes.CDLL | None = None) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: ctypes.CDLL | None = None, memory: HostMemory | None = None) -> None:
+        self._kernels, self._memory = kernels, memory
         if kernels is not None:
             kernels.engine_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
             kernels.engine_pack.argtypes = [
@@ -81,21 +84,35 @@ class PackedLinear(LinearMethod):
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> Packed:
         """See `LinearMethod.pack`."""
+        return self.pack_joined((weight,), bias)
+
+    def pack_joined(self, weights: Sequence[Tensor], bias: Tensor | None) -> Packed:
+        """See `LinearMethod.pack_joined`: those of whole panels are packed one below the other."""
+        if any(len(weight) % _PANEL for weight in weights[:-1]):
+            weights = (torch.cat(tuple(weights)),)
+        same = all(tensor.dtype == torch.bfloat16 for tensor in (*weights, *(() if bias is None else (bias,))))
+        if self._kernels is not None and same and all(weight.numel() for weight in weights):
+            return self._order(self._kernels, weights, None if bias is None else bias.contiguous())
+        weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
         rows = weight.shape[0]
-        same = bias is None or bias.dtype == weight.dtype
-        if self._kernels is not None and weight.dtype == torch.bfloat16 and same and weight.numel():
-            return self._order(self._kernels, weight.contiguous(), None if bias is None else bias.contiguous())
         if not available() or weight.dtype not in _dtypes() or not weight.numel():
             return Packed(weight, bias, rows)
         ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
         return Packed(ordered, bias, rows, opaque=True)
 
-    def _order(self, kernels: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> Packed:
-        rows, width = weight.shape
-        panels, steps = -(-rows // _PANEL), -(-width // _PANEL)
-        packed = torch.empty(panels, steps * _PANEL // 2, _PANEL, 2, dtype=weight.dtype)
-        kernels.engine_large_pages(packed.data_ptr(), packed.nbytes)
-        kernels.engine_pack(weight.data_ptr(), rows, width, packed.data_ptr(), torch.get_num_threads())
+    def _order(self, kernels: ctypes.CDLL, weights: Sequence[Tensor], bias: Tensor | None) -> Packed:
+        rows, width = sum(map(len, weights)), weights[0].shape[1]
+        shape = -(-rows // _PANEL), -(-width // _PANEL) * _PANEL // 2, _PANEL, 2
+        packed = None if self._memory is None else self._memory.for_weight(shape, torch.bfloat16)
+        if packed is None:
+            packed = torch.empty(shape, dtype=torch.bfloat16)
+            kernels.engine_large_pages(packed.data_ptr(), packed.nbytes)
+        panel = 0
+        for weight in weights:
+            weight = weight.contiguous()
+            threads = torch.get_num_threads()
+            kernels.engine_pack(weight.data_ptr(), len(weight), width, packed[panel].data_ptr(), threads)
+            panel += -(-len(weight) // _PANEL)
         product = _Product(packed.data_ptr(), None if bias is None else bias.data_ptr(), rows, width)
         return Packed(packed, bias, rows, product=product)
 

@@ -1,9 +1,18 @@
-"""The host's memory: what steps free is kept for the next step, since fresh pages are cleared when first touched."""
+"""The host's memory: fresh pages are cleared when they are first written, and where a machine is virtual its host has
+to find them, so they are written ahead, or kept once they were.
+
+    weights      the first 2 GiB | packed 0 | packed 1 | ... | written by a thread while modules are imported |
+    activations  what steps free is kept for the next step
+"""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import threading
+from contextlib import suppress
 
+import torch
 from torch import Tensor
 
 from engine_sdk import TorchMemory
@@ -12,9 +21,36 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST = 32 << 20  # of what comes from the heap, and the most that glibc allows
 _KEPT = 1 << 30
 
+_LARGE_PAGE = 2 << 20
+_MOST_AHEAD = 2 << 30
+"""Bytes that are written before anybody knows what of the weights will be packed."""
+_AT_ONCE = 16 << 20
+"""Bytes between two looks at whether to go on: often enough not to be waited for, seldom enough not to ask for Python's
+lock all the time."""
+
 
 class HostMemory(TorchMemory):
-    """Memory as torch has it, with an allocator that holds on to what a step used, up to 1 GiB."""
+    """Memory as torch has it, with weights' written ahead, and an allocator that holds on to what a step used, up to
+    1 GiB."""
+
+    _ahead: Ahead | None = None
+
+    def expect(self, nbytes: int) -> None:
+        """See `MemoryManager.expect`. A machine with little memory that is free waits until it is needed."""
+        self._end()
+        nbytes = min(nbytes, _MOST_AHEAD)
+        if 0 < nbytes <= self._device.memory_info().free // 2:
+            with suppress(OSError):  # no such range of addresses: then there is nothing ahead
+                self._ahead = Ahead(nbytes)
+
+    def for_weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor, not initialised, of what was written ahead; None where that is used up."""
+        return None if self._ahead is None else self._ahead.take(shape, dtype)
+
+    def kv_budget(self, fraction: float) -> int:
+        """See `MemoryManager.kv_budget`. All weights are packed by now, so what is left was not needed."""
+        self._end()
+        return super().kv_budget(fraction)
 
     def allocate(self, nbytes: int) -> Tensor:
         """See `MemoryManager.allocate`.
@@ -22,7 +58,65 @@ class HostMemory(TorchMemory):
         A cache is made when the model is loaded, so what is freed from now on is activations. Weights that were freed
         before, once packed, went back to the system.
         """
+        self._end()
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             mallopt(_MMAP_THRESHOLD, _LARGEST)
             mallopt(_TRIM_THRESHOLD, _KEPT)
         return super().allocate(nbytes)
+
+    def _end(self) -> None:
+        if self._ahead is not None:
+            self._ahead.end()
+            self._ahead = None
+
+
+class Ahead:
+    """A range of large pages, which a thread of its own writes, in order, until the first is taken.
+
+    Whoever takes finds them there, or is the one to write them.
+
+    Args:
+        nbytes: of all that can be taken. Raises `OSError` where there are no addresses for it.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        nbytes = -(-nbytes // _LARGE_PAGE) * _LARGE_PAGE
+        self._pages = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):
+                self._pages.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._begin = -whole.data_ptr() % _LARGE_PAGE
+        self._bytes = whole[self._begin : self._begin + nbytes]
+        self._taken = 0
+        self._stop = threading.Event()
+        self._writer = threading.Thread(target=self._write, name="memory ahead")
+        self._writer.start()
+
+    def _write(self) -> None:
+        for part in self._bytes.split(_AT_ONCE):
+            if self._stop.is_set() or not threading.main_thread().is_alive():  # a command may end early
+                return
+            part[:: mmap.PAGESIZE].zero_()  # without Python's lock; a large page is there after its first byte
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The next part, not initialised, which may be written from now on; None where it does not fit any more."""
+        self._settle()
+        flat = self._bytes[self._taken :]
+        nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        if nbytes > len(flat):
+            return None
+        self._taken += -(-nbytes // 64) * 64
+        return flat[:nbytes].view(dtype).view(shape)
+
+    def end(self) -> None:
+        """Give what was not taken back to the system."""
+        self._settle()
+        rest = -(-(self._begin + self._taken) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED") and rest < len(self._pages):
+            self._pages.madvise(mmap.MADV_DONTNEED, rest)
+
+    def _settle(self) -> None:
+        """Have the thread write nothing any more."""
+        self._stop.set()
+        self._writer.join()

@@ -6,6 +6,7 @@ Registered in the entry-point group ``engine.plugins``; nothing of Transformers 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,13 +16,27 @@ from engine.hooks import hookimpl
 @hookimpl
 def engine_load_formats() -> Mapping[str, Callable[..., Any]]:
     """The default, the same with nothing used in place, and weights that need no files."""
-    return {"auto": _open, "copy": _open, "dummy": _dummy}
+    files = _Files()
+    return {"auto": files, "copy": files, "dummy": _dummy}
 
 
-def _open(model: Any, args: Any) -> object:
-    from engine.extensions.checkpoints.plan import LoadPlan
+class _Files:
+    """Safetensors files."""
 
-    return LoadPlan(model, args.folder, in_place=args.load_format == "auto")
+    def __call__(self, model: Any, args: Any) -> object:
+        """A plan of what is read where."""
+        from engine.extensions.checkpoints.plan import LoadPlan
+
+        return LoadPlan(model, args.folder, in_place=args.load_format == "auto")
+
+    def nbytes(self, args: Any) -> int:
+        """Bytes of the files, where weights are kept as they are stored; 0 where they are not, or nothing is there."""
+        try:
+            config = json.loads((args.folder / "config.json").read_bytes())
+            changed = args.quantization or args.dtype != "auto" or config.get("quantization_config")
+            return 0 if changed else sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
+        except (OSError, ValueError, AttributeError):
+            return 0  # whoever reads the model tells what is wrong with it
 
 
 def _dummy(model: Any, args: Any) -> object:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config import EngineArgs
 from engine.errors import RequestError
+from engine.extensions.cli import starting
 from engine.extensions.cli.options import add_flags, given
 from engine.request import SamplingParams
 
@@ -27,9 +28,10 @@ def run(args: argparse.Namespace) -> int:
     """Read a line, answer, repeat."""
     sampling = given(args, SamplingParams)
     SamplingParams(**sampling)
-    from engine.llm import LLM
+    with starting():
+        from engine.llm import LLM
 
-    llm = LLM(**given(args, EngineArgs))
+        llm = LLM(**given(args, EngineArgs))
     params = SamplingParams(**{**asdict(llm.get_default_sampling_params()), "max_tokens": None, **sampling})
     opening: list[dict[str, Any]] = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(opening)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 from dataclasses import asdict
 
 from engine.config import EngineArgs
 from engine.errors import ConfigError
+from engine.extensions.cli import starting
 from engine.extensions.cli.options import add_flags, given
 from engine.request import SamplingParams
 
@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError('give a prompt, as in: engine generate "def fibonacci(n):"')
     sampling = given(args, SamplingParams)
     SamplingParams(**sampling)  # a wrong value is told before the model is loaded
-    from engine.llm import LLM
+    with starting():
+        from engine.llm import LLM
 
-    gc.freeze()  # what was imported stays, and is not searched again
-    llm = LLM(**given(args, EngineArgs))
+        llm = LLM(**given(args, EngineArgs))
     params = llm.get_default_sampling_params()
     params = SamplingParams(**{**asdict(params), "max_tokens": _DEFAULT_MAX_TOKENS, **sampling})
     if args.json or args.no_stream or params.n > 1:

@@ -75,7 +75,7 @@ class Projection:
         """Give weights that waited for their bias to the method, and leave its shape behind, for code that asks."""
         if self._arrived:
             assert self.method is not None
-            self.packed = self.method.pack(self._joined(), None if self.bias is None else self.bias.data)
+            self.packed = self.method.pack_joined(self._taken(), None if self.bias is None else self.bias.data)
             if self.bias is not None:
                 self._share_bias(self.bias.data.to("meta"))
 
@@ -96,10 +96,9 @@ class Projection:
         if self.bias is None:  # else ranks may still settle who adds it
             self.pack(self.method)
 
-    def _joined(self) -> Tensor:
-        """The weights that arrived, one below the other."""
-        weights = [self._arrived.pop(index) for index in range(len(self.members))]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
+    def _taken(self) -> list[Tensor]:
+        """The weights that arrived, which whoever called keeps from now on."""
+        return [self._arrived.pop(index) for index in range(len(self.members))]
 
     def _share_bias(self, bias: Tensor) -> None:
         self.bias = frozen(bias)

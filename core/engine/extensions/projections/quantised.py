@@ -60,12 +60,12 @@ class QuantProjection(Projection):
         self._leave(sum(p.nbytes for m in self.members for name, p in m.named_parameters() if name != "bias"))
 
     def _all_arrived(self) -> None:
-        weight = self._joined()
+        weights, rows, width = self._taken(), sum(self._sizes), self.members[0].in_features
         assert self.method is not None
-        self.packed = self.method.pack(weight, None)
-        groups = 1 if (size := self._recipes[0].scheme.group_size) is None else -(-weight.shape[1] // size)
-        scales = weight.shape[0] * groups * weight.itemsize
-        self._leave(weight.numel() * self._recipes[0].scheme.bits // 8 + scales)
+        self.packed = self.method.pack_joined(weights, None)
+        groups = 1 if (size := self._recipes[0].scheme.group_size) is None else -(-width // size)
+        scales = rows * groups * weights[0].itemsize
+        self._leave(rows * width * self._recipes[0].scheme.bits // 8 + scales)
 
     def _leave(self, nbytes: int) -> None:
         """Leave shapes and dtypes behind, and one parameter of the size that the weights have now."""

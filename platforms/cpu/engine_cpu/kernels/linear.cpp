@@ -266,12 +266,14 @@ extern "C" void engine_pack(const void* weight_, int64_t outputs, int64_t width,
   const int64_t padded = ceil_to(width, STEP), panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t n = 0; n < panels; n++) {
+    const bf16* rows = weight + n * PANEL * width;
     bf16* panel = (bf16*)packed_ + n * padded * PANEL;
-    for (int64_t k = 0; k < padded; k++)
-      for (int64_t j = 0; j < PANEL; j++) {
-        const bool inside = n * PANEL + j < outputs && k < width;
-        panel[(k / 2 * PANEL + j) * 2 + k % 2] = inside ? weight[(n * PANEL + j) * width + k] : bf16{0};
-      }
+    const int64_t inside = std::min<int64_t>(PANEL, outputs - n * PANEL);
+    if (inside < PANEL || width < padded) memset(panel, 0, padded * PANEL * sizeof(bf16));
+    for (int64_t k = 0; k + 1 < width; k += 2)
+      for (int64_t j = 0; j < inside; j++)
+        memcpy(panel + (k / 2 * PANEL + j) * 2, rows + j * width + k, 2 * sizeof(bf16));  // a pair at once
+    for (int64_t j = 0; width % 2 && j < inside; j++) panel[(width / 2 * PANEL + j) * 2] = rows[j * width + width - 1];
   }
 }
 
