@@ -53,8 +53,8 @@ struct Call {
   float eps;
   bool gated;            // silu(the first half of the outputs) * the second; both are whole panels
   int num_threads;
+  bool past = false;     // results pass the caches by
 };
-
 
 struct Rows {
   const X* data;
@@ -63,9 +63,10 @@ struct Rows {
 
 constexpr int PANEL = 32, GROUP = 32, STEP = 32, LINE = 64;
 
-// Rows that stay in a core's second cache while panels pass by, and how many groups at most; how much of a panel, in
-// steps of 32 k, stays in its first cache while several groups pass by.
-constexpr int64_t CACHE = 3 << 18, MOST_GROUPS = 16, BLOCK = 8;
+// Rows that stay in a core's second cache while panels pass by, and how many groups at most. How much of a panel, in steps
+// of 32 k, stays in its first cache while several groups pass by: 32 KiB where these leave it alone, and else 16. Results
+// beyond `LARGE` are more than the second cache holds.
+constexpr int64_t CACHE = 1 << 20, MOST_GROUPS = 16, TILE_BLOCK = 16, VECTOR_BLOCK = 8, LARGE = 1 << 21;
 
 constexpr int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -78,56 +79,6 @@ struct Ahead {
     next += lines * LINE;
   }
 };
-
-#if defined(HAS_AMX)
-// sums [32 or 16][32] = rows x panel for some steps, added to what is there unless they are the first.
-template <bool TWO>
-INLINE void multiply_tiles(const Rows& x, const X* rows, const bf16* panel, int64_t steps, bool first, Ahead ahead,
-                           float* sums) {
-  finish_stores();
-  if (first) clear_sums<TWO>();
-  else load_sums<TWO>(sums, PANEL);
-  for (int64_t i = 0; i < steps; i++, rows += x.step, panel += PANEL * STEP) {
-    ahead.fetch();
-    multiply_step<TWO>(rows, x.row, panel, PANEL * 2);
-  }
-  store_sums<TWO>(sums, PANEL);
-}
-#endif
-
-// The same on vectors, for R rows.
-template <int R>
-INLINE void multiply_vectors(const Rows& x, const X* rows, const bf16* panel, int64_t steps, bool first, Ahead ahead,
-                             float* sums) {
-  constexpr int V = PANEL / LANES;
-  F32 total[R][V];
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < V; j++) total[r][j] = first ? F32{} : load(sums + r * PANEL + j * LANES);
-  for (int64_t i = 0; i < steps; i++, rows += x.step) {
-    ahead.fetch();
-    for (int k = 0; k < STEP; k += 2, panel += PANEL * 2) multiply_one(total, rows + k, x.row, panel);
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < V; j++) store(sums + r * PANEL + j * LANES, total[r][j]);
-}
-
-// The same for `count` rows, 32 at most.
-void multiply(const Rows& x, const X* rows, int count, const bf16* panel, int64_t steps, bool first, Ahead ahead,
-              float* sums) {
-#if defined(HAS_AMX)
-  if (tiles_allowed()) {
-    if (count > 16) multiply_tiles<true>(x, rows, panel, steps, first, ahead, sums);
-    else multiply_tiles<false>(x, rows, panel, steps, first, ahead, sums);
-    return;
-  }
-#endif
-  constexpr int R = std::max(1, MOST_SUMS / (PANEL / LANES));
-  int m = 0;
-  for (; m + R <= count; m += R, ahead.lines = 0)
-    multiply_vectors<R>(x, rows + m * x.row, panel, steps, first, ahead, sums + m * PANEL);
-  for (; m < count; m++, ahead.lines = 0)
-    multiply_vectors<1>(x, rows + m * x.row, panel, steps, first, ahead, sums + m * PANEL);
-}
 
 // How many rows a group of packed rows has.
 INLINE int64_t together(int64_t rows) { return std::min<int64_t>(rows, GROUP); }
@@ -146,6 +97,17 @@ INLINE void store_some(bf16* p, F32 v, int count) {
   std::memcpy(p, whole, std::max(count, 0) * sizeof(bf16));
 }
 
+// A panel's results of a row. What is more than caches hold goes past them, a line at once, which need not be read before.
+INLINE void store_line(bf16* p, const F32 (&v)[PANEL / LANES], [[maybe_unused]] bool past) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  const __m512i line = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+  if (past) _mm512_stream_si512((__m512i*)p, line);
+  else _mm512_storeu_si512((__m512i*)p, line);
+#else
+  for (int j = 0; j < PANEL / LANES; j++) store(p + j * LANES, v[j]);
+#endif
+}
+
 // Sums [rows][32] of the outputs from n on, and `more` of those half of all outputs later where gated, to rows from m on.
 template <bool GATED, bool ADDED, bool WHOLE>
 void finish(const Call& c, const float* sums, const float* more, int rows, int64_t m, int64_t n) {
@@ -160,18 +122,23 @@ void finish(const Call& c, const float* sums, const float* more, int rows, int64
   }
   // Where the next product takes them, rows of a panel lie together.
   bf16* out = c.out ? c.out + m * stride + n : nullptr;
-  X* packed = c.packed ? c.packed + m * stride + n * together(c.rows) : nullptr;
+  X* packed = c.packed ? c.packed + m / GROUP * GROUP * stride + n * together(c.rows) + m % GROUP * PANEL : nullptr;
   const bf16* residual = ADDED ? c.residual + m * stride + n : nullptr;
-  for (int i = 0; i < rows; i++, sums += PANEL, more += PANEL)
+  for (int i = 0; i < rows; i++, sums += PANEL, more += PANEL, out += stride, packed += PANEL, residual += stride) {
+    F32 results[V];
     for (int j = 0; j < V; j++) {
-      const int64_t at = i * stride + j * LANES;
-      const int some = WHOLE ? LANES : count - j * LANES;
       F32 v = load(sums + j * LANES) + bias[0][j];
       if (GATED) v = rounded<bf16>(silu(rounded<bf16>(v))) * rounded<bf16>(load(more + j * LANES) + bias[1][j]);
-      if (ADDED) v = rounded<bf16>(v) + load_some(residual + at, some);
-      if (packed) store(packed + i * PANEL + j * LANES, rounded<bf16>(v));
-      else store_some(out + at, v, some);
+      if (ADDED) v = rounded<bf16>(v) + load_some(residual + j * LANES, count - j * LANES);
+      results[j] = v;
     }
+    if (c.packed)
+      for (int j = 0; j < V; j++) store(packed + j * LANES, rounded<bf16>(results[j]));
+    else if (WHOLE)
+      store_line(out, results, c.past);
+    else
+      for (int j = 0; j < V; j++) store_some(out + j * LANES, results[j], count - j * LANES);
+  }
 }
 
 void finish_rows(const Call& c, const float* sums, const float* more, int rows, int64_t m, int64_t n) {
@@ -181,6 +148,82 @@ void finish_rows(const Call& c, const float* sums, const float* more, int rows, 
   else if (c.residual) finish<false, true, false>(c, sums, more, rows, m, n);
   else if (whole) finish<false, false, true>(c, sums, more, rows, m, n);
   else finish<false, false, false>(c, sums, more, rows, m, n);
+}
+
+// Sums that are complete. They become results some rows at a time, while tiles are busy with the next.
+struct Finish {
+  const Call& call;
+  const float *sums = nullptr, *more = nullptr;
+  int64_t m = 0, n = 0, rows = 0;
+  void begin(const float* first, const float* second, int count, int64_t row, int64_t column) {
+    sums = first, more = second, m = row, n = column, rows = count;
+  }
+  INLINE void some(int64_t most) {
+    const int count = int(std::min(most, rows));
+    if (count == 0) return;
+    finish_rows(call, sums, more, count, m, n);
+    sums += count * PANEL, more += count * PANEL, m += count, rows -= count;
+  }
+};
+
+// Some steps of a panel, which all groups of rows pass by; the first of them begin the sums. A group that is alone passes by
+// panels instead.
+struct Block {
+  const bf16* panel;
+  int64_t steps;
+  bool first, alone;
+};
+
+#if defined(HAS_AMX)
+// sums [32 or 16][32] = rows x block, added to what is there unless it is the first.
+template <bool TWO, Kept KEPT>
+INLINE void multiply_tiles(const Rows& x, const X* rows, const Block& b, Ahead ahead, Finish& before, float* sums) {
+  finish_stores();
+  if (b.first) clear_sums<TWO>();
+  else load_sums<TWO>(sums, PANEL);
+  const bf16* panel = b.panel;
+  const int64_t some = (before.rows + b.steps - 1) / b.steps;
+  for (int64_t i = 0; i < b.steps; i++, rows += x.step, panel += PANEL * STEP) {
+    ahead.fetch();
+    multiply_step<TWO, KEPT>(rows, x.row, panel, PANEL * 2);
+    before.some(some);
+  }
+  store_sums<TWO>(sums, PANEL);
+}
+#endif
+
+// The same on vectors, for R rows.
+template <int R>
+INLINE void multiply_vectors(const Rows& x, const X* rows, const Block& b, Ahead ahead, float* sums) {
+  constexpr int V = PANEL / LANES;
+  F32 total[R][V];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < V; j++) total[r][j] = b.first ? F32{} : load(sums + r * PANEL + j * LANES);
+  const bf16* panel = b.panel;
+  for (int64_t i = 0; i < b.steps; i++, rows += x.step) {
+    ahead.fetch();
+    for (int k = 0; k < STEP; k += 2, panel += PANEL * 2) multiply_one(total, rows + k, x.row, panel);
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < V; j++) store(sums + r * PANEL + j * LANES, total[r][j]);
+}
+
+// The same for `count` rows, 32 at most, and what came `before` is finished.
+void multiply(const Rows& x, const X* rows, int count, const Block& b, Ahead ahead, Finish& before, float* sums) {
+#if defined(HAS_AMX)
+  if (tiles_allowed()) {
+    if (count > 16 && b.alone) multiply_tiles<true, Kept::ROWS>(x, rows, b, ahead, before, sums);
+    else if (count > 16) multiply_tiles<true, Kept::COLUMNS>(x, rows, b, ahead, before, sums);
+    else if (b.alone) multiply_tiles<false, Kept::ROWS>(x, rows, b, ahead, before, sums);
+    else multiply_tiles<false, Kept::COLUMNS>(x, rows, b, ahead, before, sums);
+    return;
+  }
+#endif
+  before.some(GROUP);
+  constexpr int R = std::max(1, MOST_SUMS / (PANEL / LANES));
+  int m = 0;
+  for (; m + R <= count; m += R, ahead.lines = 0) multiply_vectors<R>(x, rows + m * x.row, b, ahead, sums + m * PANEL);
+  for (; m < count; m++, ahead.lines = 0) multiply_vectors<1>(x, rows + m * x.row, b, ahead, sums + m * PANEL);
 }
 
 // Rows as X in groups, where they do not lie so already; each thread of a team does some, and waits for the others.
@@ -209,34 +252,42 @@ void run(const Call& c, const Rows& x, X* packed) {
   const int64_t panels = (p.outputs + PANEL - 1) / PANEL, parts = c.gated ? 2 : 1;
   const int64_t most = std::clamp<int64_t>(CACHE / (GROUP * width * int64_t(sizeof(X))), 1, MOST_GROUPS);
   const int64_t groups = (rows + GROUP - 1) / GROUP, passes = (groups + most - 1) / most;
+  const int64_t most_steps = tiles_allowed() ? TILE_BLOCK : VECTOR_BLOCK;
   const int first = int(std::min<int64_t>(16, rows)), second = int(std::clamp<int64_t>(rows - 16, 1, 16));
 #pragma omp parallel num_threads(c.num_threads)
   {
     if (packed && c.x) pack_rows(c, packed);
     [[maybe_unused]] Tiles configured(first, second);
     alignas(LINE) float sums[2][MOST_GROUPS * GROUP * PANEL];
+    Finish before{c};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t begin = groups * pass / passes, end = groups * (pass + 1) / passes;
-      const int64_t block = end - begin > 1 ? BLOCK : steps;
+      const bool alone = end - begin == 1;
+      const int64_t block = alone ? steps : most_steps, apart = alone ? VECTOR_BLOCK : block;
       const int lines = int((STEP * PANEL * 2 / LINE + end - begin - 1) / (end - begin));
 #pragma omp for schedule(static) nowait
       for (int64_t n = 0; n < panels / parts; n++) {
         for (int64_t part = 0; part < parts; part++) {
           const bf16* panel = p.weight + (n + part * panels / 2) * width * PANEL;
           for (int64_t k = 0; k < steps; k += block, panel += block * PANEL * STEP) {
-            const int64_t length = std::min(block, steps - k);
-            Ahead ahead = {(const char*)(panel + BLOCK * PANEL * STEP), lines, end - begin > 1 ? 1 : 4};  // each group fetches a part of what follows
-            for (int64_t g = begin; g < end; g++, ahead.next += length * lines * LINE) {
+            const Block some = {panel, std::min(block, steps - k), k == 0, alone};
+            // Each group fetches a part of what follows.
+            Ahead ahead = {(const char*)(panel + apart * PANEL * STEP), lines, alone ? 4 : 1};
+            for (int64_t g = begin; g < end; g++, ahead.next += some.steps * lines * LINE) {
               const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
               const int64_t at = (g - begin) * GROUP * PANEL;
-              multiply(x, x.data + g * x.group + k * x.step, count, panel, length, k == 0, ahead, sums[part] + at);
-              if (k + length == steps && part + 1 == parts)
-                finish_rows(c, sums[0] + at, sums[1] + at, count, g * GROUP, n * PANEL);
+              multiply(x, x.data + g * x.group + k * x.step, count, some, ahead, before, sums[part] + at);
+              if (k + some.steps == steps && part + 1 == parts)
+                before.begin(sums[0] + at, sums[1] + at, count, g * GROUP, n * PANEL);
             }
           }
         }
       }
     }
+    before.some(GROUP);
+#if defined(__x86_64__)
+    if (c.past) _mm_sfence();
+#endif
   }
 }
 
@@ -269,11 +320,12 @@ extern "C" void engine_pack(const void* weight_, int64_t outputs, int64_t width,
     const bf16* rows = weight + n * PANEL * width;
     bf16* panel = (bf16*)packed_ + n * padded * PANEL;
     const int64_t inside = std::min<int64_t>(PANEL, outputs - n * PANEL);
-    if (inside < PANEL || width < padded) memset(panel, 0, padded * PANEL * sizeof(bf16));
-    for (int64_t k = 0; k + 1 < width; k += 2)
-      for (int64_t j = 0; j < inside; j++)
-        memcpy(panel + (k / 2 * PANEL + j) * 2, rows + j * width + k, 2 * sizeof(bf16));  // a pair at once
-    for (int64_t j = 0; width % 2 && j < inside; j++) panel[(width / 2 * PANEL + j) * 2] = rows[j * width + width - 1];
+    for (int64_t k = 0; k < padded; k += 2)
+      for (int64_t j = 0; j < PANEL; j++, panel += 2) {
+        const bf16* pair = rows + j * width + k;
+        if (inside == PANEL && width == padded) std::memcpy(panel, pair, 2 * sizeof(bf16));
+        else panel[0] = j < inside && k < width ? pair[0] : bf16{0}, panel[1] = j < inside && k + 1 < width ? pair[1] : bf16{0};
+      }
   }
 }
 
@@ -282,7 +334,8 @@ extern "C" void engine_linear(const Product* p, const bf16* x, int64_t rows, bf1
                               const bf16* residual, int32_t num_threads) {
   if (rows == 0) return;
   tiles_allowed();  // asked for before other threads need them
-  const Call call = {p, rows, x, out, nullptr, norm, residual, eps, false, num_threads};
+  const bool past = rows * p->outputs * int64_t(sizeof(bf16)) > LARGE && (uintptr_t(out) | p->outputs * sizeof(bf16)) % LINE == 0;
+  const Call call = {p, rows, x, out, nullptr, norm, residual, eps, false, num_threads, past};
   const int64_t width = ceil_to(p->width, STEP);
   if (MULTIPLIES_BF16 && rows <= GROUP && p->width == width && !norm)
     return run(call, {(const X*)x, width, 0, STEP}, nullptr);

@@ -102,16 +102,25 @@ template <bool TWO> INLINE void load_sums(const float* sums, int64_t stride) {
     _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
   }
 }
-template <bool TWO>
+// What a core's first cache keeps, since it is read again soon; the other operand passes by, and pushes nothing out of it.
+enum class Kept { BOTH, ROWS, COLUMNS };
+
+// A macro, as compilers want the tile's number in the text.
+#define LOAD_TILE(TILE, KEEP, FROM, STRIDE) \
+  if constexpr (KEEP) _tile_loadd(TILE, FROM, STRIDE); \
+  else _tile_stream_loadd(TILE, FROM, STRIDE)
+
+template <bool TWO, Kept KEPT = Kept::BOTH>
 INLINE void multiply_step(const bf16* rows, int64_t row_stride, const bf16* columns, int64_t column_stride,
                           int64_t across = 32) {  // from the first 16 columns to the others
-  _tile_loadd(6, columns, column_stride * 2);
-  _tile_loadd(4, rows, row_stride * 2);
+  constexpr bool R = KEPT != Kept::COLUMNS, C = KEPT != Kept::ROWS;
+  LOAD_TILE(6, C, columns, column_stride * 2);
+  LOAD_TILE(4, R, rows, row_stride * 2);
   _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, columns + across, column_stride * 2);
+  LOAD_TILE(7, C, columns + across, column_stride * 2);
   _tile_dpbf16ps(1, 4, 7);
   if constexpr (TWO) {
-    _tile_loadd(5, rows + 16 * row_stride, row_stride * 2);
+    LOAD_TILE(5, R, rows + 16 * row_stride, row_stride * 2);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }

@@ -59,7 +59,13 @@ INLINE float largest(F32 v) {
 
 // Conversions round to nearest, ties to even; NaN stays NaN.
 
-INLINE F32 widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
+INLINE F32 widen(U16 bits) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);  // compilers convert in halves
+#else
+  return (F32)(__builtin_convertvector(bits, U32) << 16);
+#endif
+}
 INLINE U16 narrow_bf16(F32 v) {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
   return (U16)_mm512_cvtneps_pbh((__m512)v);
