@@ -68,7 +68,7 @@ class TorchGraphs(GraphRuntime):
         ends it as spoilt, and torch's random numbers then stay in it for the life of the process.
         """
         module = torch.get_device_module(self._device.torch_device)
-        if not hasattr(module, "set_sync_debug_mode"):
+        if not (hasattr(module, "get_sync_debug_mode") and hasattr(module, "set_sync_debug_mode")):
             yield
             return
         before = module.get_sync_debug_mode()
