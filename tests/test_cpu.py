@@ -171,6 +171,26 @@ def check_quantised(kernels: ctypes.CDLL) -> None:
                 method.multiply(x[-1 - rows : -1], packed, out=guarded[1 : rows + 1])
                 assert torch.equal(guarded[1:-1], whole[72 - rows :]), (bits, outputs, dtype, rows)
                 assert bool((guarded[[0, -1]] == 7).all()), (bits, outputs, dtype, rows)
+                check_around_quantised(method, Operations(kernels), x[-1 - rows : -1], packed)
+            # From below the smallest normal number to near the largest: where one row's kernel might round otherwise.
+            least, most = (-136, 110) if dtype == torch.bfloat16 else (-20, 0)
+            exponents = torch.linspace(least, most, 72).round()[:, None].double()
+            apart = (x[1:-1].double() * 2**exponents).to(dtype)
+            alone = [method.apply(row, packed) for row in apart]
+            assert torch.equal(torch.stack(alone), method.apply(apart, packed)), (bits, outputs, dtype)
+
+
+def check_around_quantised(method: CpuQuantized, operations: Operations, x: Tensor, packed: CpuPacked) -> None:
+    """What is done on the way has the bits of separate operations: a norm before, a sum after, and a gate."""
+    draw = torch.Generator().manual_seed(1)
+    norm = Norm(torch.rand(x.shape[-1], generator=draw).to(x.dtype), 0.25)
+    plain = method.multiply(operations.rms_norm(x, norm.weight, norm.eps) if x.numel() else x, packed)
+    assert torch.equal(method.multiply(x, packed, norm=norm), plain)
+    added = torch.randn(plain.shape, generator=draw).to(x.dtype)
+    assert torch.equal(method.multiply(x, packed, norm=norm, added=added), added + plain)
+    if packed.gates:
+        inner = operations.silu_and_mul(*plain.chunk(2, -1))
+        assert torch.equal(method.multiply(x, packed, norm=norm, gated=True), inner)
 
 
 def check_all(kernels: ctypes.CDLL) -> None:

@@ -1,6 +1,7 @@
 """Linear layers with weights of 8 and 4 bits, through ``kernels/quantised.cpp``: one copy, in the order that it reads.
 
-Activations keep their dtype. Any number of rows takes the same kernel, so a row's bits do not depend on the others.
+Activations keep their dtype. A single row and several are summed in the same order, so a row's bits do not depend on
+the others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _STEP = 32
 _AT_ONCE = 1 << 20
 """Weights that are rounded at a time."""
 
-_LINE, _LARGE_PAGE, _SLAB = 64, 2 << 20, 64 << 20
+_LINE, _LARGE_PAGE = 64, 2 << 20
+
+_SLAB = 64 << 20
+"""Bytes that are asked for at a time, in whole large pages."""
 
 
 class _Weight(ctypes.Structure):

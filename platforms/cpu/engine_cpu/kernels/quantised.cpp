@@ -11,8 +11,8 @@
 //     piece     [k / P][32][P]
 //
 // which rows are multiplied with; the sums of each group are scaled, in float, and added. A piece has several groups, or a
-// group several pieces. A single row whose sums floats can make is multiplied with numbers in registers instead. An output
-// is summed in one order, so a row's bits depend neither on other rows nor on threads.
+// group several pieces. A single row is multiplied with numbers in registers instead, where floats make the same sums. An
+// output is summed in one order, so a row's bits depend neither on other rows nor on threads.
 
 #include "products.h"
 #include "rows.h"
@@ -44,8 +44,9 @@ template <class T> struct Call {
 
 constexpr int PANEL = 32, GROUP = 32, STEP = 32, LINE = 64;
 constexpr int PIECE = 256;          // k of a panel that are numbers at a time
-constexpr int AHEAD = 5 << 10;       // bytes between what is read and what is fetched: no multiple of 4 KiB, which would push each other out
+constexpr int AHEAD = 5 << 10;      // bytes between what is read and what is fetched
 constexpr int64_t CACHE = 1 << 20, MOST_GROUPS = 16;  // of rows that stay in a core's cache while panels pass by: bytes, and at most
+constexpr int ADDED = 4;            // parts whose sums are added at once
 constexpr int VECTORS = PANEL / LANES;
 
 int64_t row_bytes(const Weight& w) { return w.width * w.bits / 8; }
@@ -197,6 +198,7 @@ INLINE void multiply(const Rows<X>& x, const X* rows, int count, const X* piece,
 // What the sums of a group are made into.
 struct Scale {
   F32 factors[VECTORS], zeros[VECTORS];
+  Scale() = default;
   Scale(const Weight& w, int64_t group) : zeros{} {  // as they lie, panel by panel
     for (int j = 0; j < VECTORS; j++) {
       factors[j] = load_as(w.scales, group * PANEL + j * LANES, w.scale_dtype);
@@ -210,18 +212,27 @@ struct Scale {
   }
 };
 
-// Of `rows` [32] each; `stride` from one row's sum of x to the next.
-INLINE void add_group(const Scale& scale, const float* x_sums, int64_t stride, const float* sums, int rows, float* total) {
-  for (int m = 0; m < rows; m++, sums += PANEL, total += PANEL)
-    for (int j = 0; j < VECTORS; j++)
-      store(total + j * LANES, scale.add(j, load(total + j * LANES), load(sums + j * LANES), x_sums ? x_sums + m * stride : nullptr));
+// Totals [rows][32] with the sums [COUNT][32][32] of parts of a panel, from k on, in order: a total is read and written once.
+// `x_sums` are those of the rows, `stride` apart, or null.
+template <int COUNT>
+INLINE void add_parts(const Weight& w, int64_t panel, int64_t k, int64_t part, const float* x_sums, int64_t stride,
+                      const float* sums, int rows, float* totals) {
+  Scale scales[COUNT];
+  for (int i = 0; i < COUNT; i++) scales[i] = Scale(w, panel * num_groups(w) + (k + i * part) / w.group);
+  for (int m = 0; m < rows; m++, totals += PANEL, sums += PANEL, x_sums += x_sums ? stride : 0)
+    for (int j = 0; j < VECTORS; j++) {
+      F32 total = load(totals + j * LANES);
+      for (int i = 0; i < COUNT; i++)
+        total = scales[i].add(j, total, load(sums + i * GROUP * PANEL + j * LANES), x_sums ? x_sums + i : nullptr);
+      store(totals + j * LANES, total);
+    }
 }
 
 // Numbers below the smallest normal one count as zero while it lives, as in tiles.
 struct Flushing {
 #if defined(HAS_AMX)
   const unsigned before = _mm_getcsr();
-  Flushing(bool wanted) { if (wanted) _mm_setcsr(before | 0x8040); }
+  Flushing(bool wanted) { if (wanted && tiles_allowed()) _mm_setcsr(before | 0x8040); }
   ~Flushing() { _mm_setcsr(before); }
 #else
   Flushing(bool) {}
@@ -231,6 +242,7 @@ struct Flushing {
 // total [32] of a single row; `x_sums` are those of its parts.
 template <int BITS, bool TILES>
 void row_of_panel(const Weight& w, int64_t n, const float* x, const float* x_sums, int64_t part, float* total) {
+  const Flushing flushing(TILES);
   const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
   const int64_t groups = num_groups(w), scale_bytes = PANEL * (w.scale_dtype == FLOAT32 ? 4 : 2);
   F32 totals[VECTORS] = {};
@@ -287,12 +299,34 @@ template <class X> void sum_parts(const Rows<X>& x, int64_t m, int64_t width, in
   }
 }
 
-// Totals [rows][32] of a panel and the row groups from `begin` on.
+// Adds k to stop, which `numbers` are of, to the totals [32][32] of a group of rows. The sums of a part that goes on in the
+// next piece wait in `sums` [4][32][32] for it, and it is the only one then.
 template <class X>
-void multiply_panel(const Weight& w, int64_t n, const Rows<X>& x, int64_t rows, int64_t begin, int64_t end, const float* x_sums,
-                    int64_t part, float* totals) {
-  const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
+void multiply_piece(const Weight& w, int64_t n, const Rows<X>& x, int64_t group, int count, const X* numbers, int64_t k,
+                    int64_t stop, int64_t part, const float* x_sums, float* sums, float* totals) {
+  const Flushing flushing(std::is_same_v<X, bf16>);
   const int64_t parts = w.width / part;
+  for (int64_t i = k; i < stop; i += ADDED * part) {
+    const int many = int(std::min<int64_t>(ADDED, (stop - i + part - 1) / part));
+    for (int j = 0; j < many; j++) {
+      const int64_t from = i + j * part, until = std::min(stop, from + part);
+      const X* const rows = x.data + group * x.group + from / STEP * x.step;
+      multiply(x, rows, count, numbers + (from - k) * PANEL, int((until - from) / STEP), from % part == 0, sums + j * GROUP * PANEL);
+    }
+    if (stop % part) return;
+    const float* row_sums = x_sums ? x_sums + group * GROUP * parts + i / part : nullptr;
+    if (many == ADDED) add_parts<ADDED>(w, n, i, part, row_sums, parts, sums, count, totals);
+    for (int j = 0; many < ADDED && j < many; j++)
+      add_parts<1>(w, n, i + j * part, part, row_sums ? row_sums + j : nullptr, parts, sums + j * GROUP * PANEL, count, totals);
+  }
+}
+
+// Totals [rows][32] of a panel and the groups of rows from `begin` on; `done` takes a group, how many rows it has, and where
+// its totals are.
+template <class X, class F>
+void multiply_panel(const Weight& w, int64_t n, const Rows<X>& x, int64_t rows, int64_t begin, int64_t end, int64_t part,
+                    const float* x_sums, float* totals, const F& done) {
+  const uint8_t* codes = (const uint8_t*)w.codes + n * row_bytes(w) * PANEL;
   alignas(LINE) X numbers[PIECE * PANEL];
   alignas(LINE) float sums[MOST_GROUPS * GROUP * PANEL];
   std::fill_n(totals, (std::min(rows, end * GROUP) - begin * GROUP) * PANEL, 0.0f);
@@ -306,23 +340,17 @@ void multiply_panel(const Weight& w, int64_t n, const Rows<X>& x, int64_t rows, 
     for (int64_t g = begin; g < end; g++) {
       const int count = int(std::min<int64_t>(GROUP, rows - g * GROUP));
       const int64_t at = (g - begin) * GROUP * PANEL;
-      for (int64_t i = k; i < stop; i += part) {  // once, where a group has several pieces
-        const int64_t until = std::min(stop, i + part);
-        const X* from = x.data + g * x.group + i / STEP * x.step;
-        multiply(x, from, count, numbers + (i - k) * PANEL, int((until - i) / STEP), i % part == 0, sums + at);
-        const float* row_sums = x_sums ? x_sums + g * GROUP * parts + i / part : nullptr;
-        if (until % part == 0)
-          add_group(Scale(w, n * num_groups(w) + i / w.group), row_sums, parts, sums + at, count, totals + at);
-      }
+      multiply_piece(w, n, x, g, count, numbers, k, stop, part, x_sums, sums + (part < PIECE ? 0 : at), totals + at);
+      if (stop == w.width) done(g, count, at);
     }
   }
 }
 
 // The same of a single row.
-template <bool TILES>
-void multiply_panel(const Weight& w, int64_t n, const float* x, const float* x_sums, int64_t part, float* totals) {
-  if (w.bits == 8) row_of_panel<8, TILES>(w, n, x, x_sums, part, totals);
-  else row_of_panel<4, TILES>(w, n, x, x_sums, part, totals);
+void multiply_panel(const Weight& w, int64_t n, const float* x, bool tiles, int64_t part, const float* x_sums, float* totals) {
+  const auto multiply = w.bits == 8 ? tiles ? row_of_panel<8, true> : row_of_panel<8, false>
+                                    : tiles ? row_of_panel<4, true> : row_of_panel<4, false>;
+  multiply(w, n, x, x_sums, part, totals);
 }
 
 // Threads share the panels. Where rows are more than a core's cache holds, panels pass by several times.
@@ -333,36 +361,34 @@ template <class T, class X> void run(const Call<T>& c, const Rows<X>& x) {
   const int64_t rows = c.rows, panels = num_panels(w), groups = (rows + GROUP - 1) / GROUP, halves = c.gated ? 2 : 1;
   const int64_t most = std::clamp<int64_t>(CACHE / (w.width * int64_t(sizeof(X))) / GROUP, 1, MOST_GROUPS);
   const int64_t passes = (groups + most - 1) / most;
-  const bool tiles = std::is_same_v<T, bf16> && tiles_allowed();
-  std::vector<float> x_sums(w.zeros ? rows * (w.width / part) : 0);
-  const float* const sums = w.zeros ? x_sums.data() : nullptr;
+  std::vector<float> memory(w.zeros ? rows * (w.width / part) : 0);
+  const float* const x_sums = w.zeros ? memory.data() : nullptr;
 #pragma omp parallel num_threads(c.num_threads)
   {
     const int first = int(std::min<int64_t>(16, rows)), second = int(std::clamp<int64_t>(rows - 16, 1, 16));
     [[maybe_unused]] Tiles configured(first, second);
     if (w.zeros) {
 #pragma omp for schedule(static)
-      for (int64_t m = 0; m < rows; m++) sum_parts(x, m, w.width, part, x_sums.data() + m * (w.width / part));
+      for (int64_t m = 0; m < rows; m++) sum_parts(x, m, w.width, part, memory.data() + m * (w.width / part));
     }
     alignas(LINE) float totals[2][MOST_GROUPS * GROUP * PANEL];
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t begin = groups * pass / passes, end = groups * (pass + 1) / passes;
 #pragma omp for schedule(static) nowait
-      for (int64_t n = 0; n < panels / halves; n++) {
+      for (int64_t n = 0; n < panels / halves; n++)
         for (int64_t half = 0; half < halves; half++) {
           const int64_t panel = n + half * panels / 2;
-          const Flushing flushing(tiles);
-          if constexpr (std::is_same_v<X, float>) {
+          const auto done = [&](int64_t g, int count, int64_t at) {
+            if (half + 1 == halves) finish(c, totals[0] + at, totals[1] + at, count, g * GROUP, n * PANEL);
+          };
+          if constexpr (std::is_same_v<X, float>)
             if (rows == 1) {
-              if (tiles) multiply_panel<true>(w, panel, x.data, sums, part, totals[half]);
-              else multiply_panel<false>(w, panel, x.data, sums, part, totals[half]);
+              multiply_panel(w, panel, x.data, std::is_same_v<T, bf16> && tiles_allowed(), part, x_sums, totals[half]);
+              done(0, 1, 0);
               continue;
             }
-          }
-          multiply_panel(w, panel, x, rows, begin, end, sums, part, totals[half]);
+          multiply_panel(w, panel, x, rows, begin, end, part, x_sums, totals[half], done);
         }
-        finish(c, totals[0], totals[1], std::min(rows, end * GROUP) - begin * GROUP, begin * GROUP, n * PANEL);
-      }
     }
   }
 }
