@@ -83,20 +83,6 @@ struct Ahead {
 // How many rows a group of packed rows has.
 INLINE int64_t together(int64_t rows) { return std::min<int64_t>(rows, GROUP); }
 
-// `count` columns of a row, as many as a vector would have, beyond which nothing is touched.
-INLINE F32 load_some(const bf16* p, int count) {
-  if (count >= LANES) return load(p);
-  bf16 whole[LANES] = {};
-  std::memcpy(whole, p, std::max(count, 0) * sizeof(bf16));
-  return load(whole);
-}
-INLINE void store_some(bf16* p, F32 v, int count) {
-  if (count >= LANES) return store(p, v);
-  bf16 whole[LANES];
-  store(whole, v);
-  std::memcpy(p, whole, std::max(count, 0) * sizeof(bf16));
-}
-
 // A panel's results of a row. What is more than caches hold goes past them, a line at once, which need not be read before.
 INLINE void store_line(bf16* p, const F32 (&v)[PANEL / LANES], [[maybe_unused]] bool past) {
 #if defined(__AVX512BF16__) && defined(__AVX512F__)

@@ -259,20 +259,6 @@ void row_of_panel(const Weight& w, int64_t n, const float* x, const float* x_sum
   for (int j = 0; j < VECTORS; j++) store(total + j * LANES, totals[j]);
 }
 
-// `count` columns of a row, as many as a vector would have, beyond which nothing is touched.
-template <class T> INLINE F32 load_some(const T* p, int count) {
-  if (count >= LANES) return load(p);
-  T whole[LANES] = {};
-  std::memcpy(whole, p, count * sizeof(T));
-  return load(whole);
-}
-template <class T> INLINE void store_some(T* p, F32 v, int count) {
-  if (count >= LANES) return store(p, v);
-  T whole[LANES];
-  store(whole, v);
-  std::memcpy(p, whole, count * sizeof(T));
-}
-
 // Totals [rows][32] of the outputs from n on, and `more` of those half of all outputs later where gated, to rows from m on.
 // Each step rounds as an operation of its own would.
 template <class T>

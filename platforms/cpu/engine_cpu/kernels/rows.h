@@ -13,6 +13,20 @@ template <class T> INLINE F32 rounded(F32 x) {
 template <> INLINE F32 rounded<float>(F32 x) { return x; }
 template <> INLINE F32 rounded<bf16>(F32 x) { return widen(narrow_bf16(x)); }
 
+// `count` columns of a row, as many as a vector would have, beyond which nothing is touched.
+template <class T> INLINE F32 load_some(const T* p, int count) {
+  if (count >= LANES) return load(p);
+  T whole[LANES] = {};
+  std::memcpy(whole, p, (count > 0 ? count : 0) * sizeof(T));
+  return load(whole);
+}
+template <class T> INLINE void store_some(T* p, F32 v, int count) {
+  if (count >= LANES) return store(p, v);
+  T whole[LANES];
+  store(whole, v);
+  std::memcpy(p, whole, (count > 0 ? count : 0) * sizeof(T));
+}
+
 INLINE F32 silu(F32 x) { return x / (1.0f + exp(-x)); }
 
 // to = from / sqrt(mean(from^2) + eps) * weight, rounded once before the weight, as models do; they may be the same.
