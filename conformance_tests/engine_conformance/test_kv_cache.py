@@ -116,15 +116,26 @@ def untouched(buffer: Tensor, before: Tensor, begin: int, owned: Tensor) -> None
 def owned_bytes(
     layout: KVLayout, spec: AttentionSpec, size: int, num_blocks: int, pitch: int, blocks: Tensor
 ) -> Tensor:
-    """Which bytes of a pool hold `blocks`, bool [bytes]: a layout may keep a block in several pieces."""
-    pool = aligned(num_blocks * pitch, 0, blocks.device)
+    """Which bytes of a pool hold `blocks`, bool [bytes]: a layout may keep a block in several pieces, with padding."""
+    everything = torch.arange(num_blocks, device=blocks.device)
+    owned, of_others = (
+        _written(layout, spec, size, num_blocks * pitch, num_blocks, chosen)
+        for chosen in (blocks, everything[~torch.isin(everything, blocks)])
+    )
+    assert not (owned & of_others).any(), "two blocks have bytes in common"
+    return owned
+
+
+def _written(layout: KVLayout, spec: AttentionSpec, size: int, length: int, num_blocks: int, blocks: Tensor) -> Tensor:
+    """Which of a pool's `length` bytes an import of `blocks` writes, be it ones or a layout's zeros between them."""
+    pool = aligned(length, 0x5A, blocks.device)
     shape = (len(blocks), size, spec.num_kv_heads)
     ones = (
         torch.full((*shape, dim * spec.kv_dtype.itemsize), 0xFF, dtype=torch.uint8).view(spec.kv_dtype)
         for dim in (spec.head_dim, spec.v_head_dim)
     )
     layout.import_blocks(layout.bind(pool, num_blocks), blocks, *(x.to(blocks.device) for x in ones))
-    return pool != 0
+    return pool != 0x5A
 
 
 def test_copy_blocks(conformance_platform: Platform, capabilities: Capabilities, scale: Scale) -> None:
