@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from engine_cpu import native
+from engine_cpu import CpuPlatform, native
 from engine_cpu.linear import PackedLinear
+from engine_cpu.memory import HostMemory
 
 SHAPES = {
     "qkv": (4096, 1024),
@@ -63,7 +64,8 @@ def main() -> None:
     for name in args.shapes:
         outputs, inputs = SHAPES[name]
         weight = torch.randn(outputs, inputs).bfloat16()
-        methods = PackedLinear(kernels), PackedLinear()
+        memory = HostMemory(CpuPlatform().device())
+        methods = PackedLinear(memory, kernels), PackedLinear(memory)
         packed = [[m.pack(weight, None) for _ in range(max(1, TURNS // weight.nbytes))] for m in methods]
         for rows in args.rows:
             x = torch.randn(rows, inputs).bfloat16()

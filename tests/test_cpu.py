@@ -25,6 +25,7 @@ from engine_cpu import CpuPlatform, native, swaps, threads
 from engine_cpu.attention import CpuAttention
 from engine_cpu.linear import Packed as LinearPacked
 from engine_cpu.linear import PackedLinear
+from engine_cpu.memory import HostMemory
 from engine_cpu.operations import Operations
 from engine_cpu.quantised import CpuQuantized
 from engine_cpu.quantised import Packed as CpuPacked
@@ -91,9 +92,20 @@ def test_kernels_are_what_runs() -> None:
         assert isinstance(CpuPlatform().attention(asked), CpuAttention), asked
 
 
+class Apart(HostMemory):
+    """Each weight is an allocation of its own, so that a sanitizer sees a byte beyond it."""
+
+    def for_weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+
+def alone_in_memory() -> HostMemory:
+    return Apart(CpuPlatform().device())
+
+
 def check_products(kernels: ctypes.CDLL) -> None:
     """Packed products are right, have one row's bits for any number of rows, and touch nothing that is not theirs."""
-    method, draw = PackedLinear(kernels), torch.Generator().manual_seed(0)
+    method, draw = PackedLinear(alone_in_memory(), kernels), torch.Generator().manual_seed(0)
     for outputs, width in ((64, 64), (100, 96), (5, 40), (33, 31), (40, 520)):
         weight, bias = (torch.randn(shape, generator=draw).bfloat16() for shape in ((outputs, width), (outputs,)))
         x = torch.full((68, width), torch.nan).bfloat16()  # what is read beyond the rows shows in the result
@@ -143,7 +155,7 @@ def check_quantised(kernels: ctypes.CDLL) -> None:
         *((8, 5, 64, None), (8, 40, 416, None), (8, 64, 256, 128)),
     ):
         scheme = QuantScheme(f"int{bits}", bits, group)
-        method, groups = CpuQuantized(scheme, kernels), width // (group or width)
+        method, groups = CpuQuantized(scheme, alone_in_memory(), kernels), width // (group or width)
         limit = 1 << (bits - 1)
         values, zeros = (
             torch.randint(-limit, limit, size, generator=draw).to(torch.int8)
@@ -442,7 +454,7 @@ def test_rotary_functions_are_exchanged_where_they_compute_the_same(
         monkeypatch.setitem(globals(), "apply_rotary_pos_emb", function)
         model = nn.ModuleList([Turns()])
         want = model[0](*inputs)
-        swaps.engine_swaps()["cpu"](model, None, True)[0].pack(PackedLinear())
+        swaps.engine_swaps()["cpu"](model, None, True)[0].pack(PackedLinear(alone_in_memory()))
         made.clear()
         for got, right in zip(model[0](*inputs), want, strict=True):  # what the kernel does not take is the function's
             torch.testing.assert_close(got, right)
@@ -474,7 +486,7 @@ def test_parts_are_exchanged_where_they_compute_the_same(operations: Operations)
         before = [m(x) for m in model]
         parts.pack(HostPlatform().linear(None) or object())
         assert not any("forward" in vars(m) for m in model), "another platform's model was changed"
-        parts.pack(PackedLinear())
+        parts.pack(PackedLinear(alone_in_memory()))
         assert ["forward" in vars(m) for m in model] == [True, False, True, False]
         for m, want in zip(model, before, strict=True):
             torch.testing.assert_close(m(x), want)
@@ -511,7 +523,7 @@ def test_a_weight_shared_with_an_embedding_is_packed_once(operations: Operations
 def test_packed_weights_are_the_only_copy(dtype: torch.dtype, ours: bool, operations: Operations) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(64, 96, dtype=dtype), torch.randn(64, dtype=dtype)
-    method = CpuPlatform().linear(None) if ours else PackedLinear()
+    method = CpuPlatform().linear(None) if ours else PackedLinear(alone_in_memory())
     assert isinstance(method, PackedLinear)
     packed = method.pack(weight, bias)
     for shape in ((96,), (1, 96), (2, 3, 96), (70, 96), (0, 96), (2, 0, 96)):

@@ -2,9 +2,9 @@
 
 import gc
 import json
+import mmap
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from engine.extensions import checkpoints
 from engine.extensions.cli import main
 from engine_cpu import CpuPlatform, memory, native
 from engine_cpu.linear import PackedLinear
-from engine_cpu.memory import Ahead, HostMemory
+from engine_cpu.memory import HostMemory, Slab
 from engine_sdk import MemoryInfo
 
 MIB = 1 << 20
@@ -30,18 +30,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.fixture
-def ahead() -> Iterator[Ahead]:
-    made = Ahead(64 * MIB)
-    yield made
-    made.end()
-
-
 def test_parts_follow_each_other_and_stay_what_they_become(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken while the thread still writes, as it is slow here."""
     monkeypatch.setattr(memory, "_AT_ONCE", 4096)
-    ahead = Ahead(64 * MIB)
-    parts = [ahead.take(shape, torch.bfloat16) for shape in ((3, 5), (1000, 4096), (7,), (24 * MIB,))]
+    slab = Slab(64 * MIB, ahead=True)
+    parts = [slab.take(shape, torch.bfloat16) for shape in ((3, 5), (1000, 4096), (7,), (24 * MIB,))]
     end = 0
     for number, part in enumerate(parts, 1):
         assert part is not None
@@ -49,29 +42,32 @@ def test_parts_follow_each_other_and_stay_what_they_become(monkeypatch: pytest.M
         assert part.data_ptr() >= end
         end = part.data_ptr() + part.nbytes
         part.fill_(number)
-    ahead._writer.join()
+    assert slab._writer is not None
+    slab._writer.join()
     for number, part in enumerate(parts, 1):
         assert part is not None
         assert bool((part == number).all())
 
 
-def test_what_does_not_fit_is_none(ahead: Ahead) -> None:
-    assert ahead.take((64 * MIB + 1,), torch.uint8) is None
-    assert ahead.take((64 * MIB - 64,), torch.uint8) is not None
-    assert ahead.take((65,), torch.uint8) is None
-    assert ahead.take((64,), torch.uint8) is not None
+def test_what_does_not_fit_is_none() -> None:
+    slab = Slab(64 * MIB)
+    assert slab.take((64 * MIB + 1,), torch.uint8) is None
+    assert slab.take((64 * MIB - 64,), torch.uint8) is not None
+    assert slab.take((65,), torch.uint8) is None
+    assert slab.take((64,), torch.uint8) is not None
 
 
 @needs_proc
 def test_it_is_written_before_it_is_taken_and_given_back_after() -> None:
     before = resident()
-    ahead = Ahead(64 * MIB)
-    ahead._writer.join()
+    slab = Slab(64 * MIB, ahead=True)
+    assert slab._writer is not None
+    slab._writer.join()
     assert resident() - before > 60 * MIB
-    kept = ahead.take((16 * MIB,), torch.uint8)
+    kept = slab.take((16 * MIB,), torch.uint8)
     assert kept is not None
     kept.fill_(1)
-    ahead.end()
+    slab.end()
     assert 12 * MIB < resident() - before < 24 * MIB
     assert bool((kept == 1).all())
 
@@ -81,7 +77,7 @@ import sys
 from engine_cpu import memory
 
 memory._AT_ONCE = 4096
-memory.Ahead(1 << 30)
+memory.Slab(1 << 30, ahead=True)
 sys.exit(3)
 """
 
@@ -98,25 +94,55 @@ def host(monkeypatch: pytest.MonkeyPatch, free: int) -> HostMemory:
     return found
 
 
+@needs_proc
 def test_no_more_is_written_than_a_machine_can_spare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_MOST_AHEAD", 8 * MIB)
     little = host(monkeypatch, 7 * MIB)
     little.expect(4 * MIB)
-    assert little.for_weight((1,), torch.uint8) is None
+    assert little._slab is None
     enough = host(monkeypatch, 100 * MIB)
     enough.expect(0)
-    assert enough.for_weight((1,), torch.uint8) is None
-    enough.expect(40 * MIB)
-    assert enough.for_weight((8 * MIB,), torch.uint8) is not None
-    assert enough.for_weight((1,), torch.uint8) is None, "no more than the limit"
+    assert enough._slab is None
+    before = resident()
+    enough.expect(400 * MIB)
+    assert enough._slab is not None
+    assert enough._slab._writer is not None
+    enough._slab._writer.join()
+    assert resident() - before < 20 * MIB, "no more than the limit"
 
 
-@pytest.mark.parametrize("then", [lambda m: m.kv_budget(0.1), lambda m: m.allocate(1)], ids=["kv_budget", "allocate"])
-def test_a_cache_finds_what_was_not_needed(then: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_proc
+def test_weights_beyond_what_was_expected_find_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = resident(), host(monkeypatch, 400 * MIB)
+    found.expect(64 * MIB)
+    assert found._slab is not None
+    assert found._slab._writer is not None
+    found._slab._writer.join()
+    sizes = (24 * MIB, 48 * MIB, 80 * MIB, 64, 0)
+    parts = [found.for_weight((size,), torch.uint8).fill_(n) for n, size in enumerate(sizes)]
+    assert resident() - before < 166 * MIB, "what was expected and not taken went back"
+    assert all(bool((part == n).all()) for n, part in enumerate(parts))
+
+
+def test_where_no_large_pages_are_left_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
     found = host(monkeypatch, 100 * MIB)
     found.expect(MIB)
+    assert found.for_weight((3, 5), torch.bfloat16).shape == (3, 5)
+    with pytest.raises(RuntimeError, match="memory"):
+        found.for_weight((1 << 60,), torch.uint8)
+
+
+@needs_proc
+@pytest.mark.parametrize("then", [lambda m: m.kv_budget(0.1), lambda m: m.allocate(1)], ids=["kv_budget", "allocate"])
+def test_a_cache_finds_what_was_not_needed(then: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = resident(), host(monkeypatch, 400 * MIB)
+    found.expect(64 * MIB)
     then(found)
-    assert found.for_weight((1,), torch.uint8) is None
+    assert resident() - before < 16 * MIB
 
 
 @needs_compiler
@@ -125,7 +151,7 @@ def test_a_cache_finds_what_was_not_needed(then: Any, monkeypatch: pytest.Monkey
 def test_weights_packed_apart_are_those_packed_together(rows: tuple[int, ...], dtype: torch.dtype) -> None:
     platform = CpuPlatform()
     platform.memory().expect(MIB)
-    method, alone = platform.linear(None), PackedLinear(native.library())
+    method, alone = platform.linear(None), PackedLinear(HostMemory(platform.device()), native.library())
     assert isinstance(method, PackedLinear)
     weights = [torch.randn(n, 40).to(dtype) for n in rows]
     bias, x = torch.randn(sum(rows)).to(dtype), torch.randn(3, 40).to(dtype)

@@ -80,9 +80,11 @@ class CpuPlatform(TorchPlatform):
         """A `PackedLinear`, where kernels are built or this torch has oneDNN; a `CpuQuantized`, where they are."""
         kernels = native.library()
         if scheme is None and (kernels is not None or linear.available()):
-            return linear.PackedLinear(kernels, self._host_memory)
+            return linear.PackedLinear(self._host_memory, kernels)
         method = super().linear(scheme)
-        return CpuQuantized(scheme, kernels) if scheme is not None and kernels is not None else method
+        if scheme is None or kernels is None:
+            return method
+        return CpuQuantized(scheme, self._host_memory, kernels)
 
     def memory(self) -> MemoryManager:
         """A `HostMemory`."""

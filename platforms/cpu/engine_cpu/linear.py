@@ -54,14 +54,13 @@ class PackedLinear(LinearMethod):
     """Every dtype that the kernels or oneDNN multiply on this processor; other weights stay torch's own.
 
     Args:
+        memory: gives weights in our order their place.
         kernels: the library that `engine_cpu.native` built; None leaves bf16 to oneDNN too.
-        memory: gives bf16 weights their place; None takes torch's.
     """
 
-    def __init__(self, kernels: ctypes.CDLL | None = None, memory: HostMemory | None = None) -> None:
-        self._kernels, self._memory = kernels, memory
+    def __init__(self, memory: HostMemory, kernels: ctypes.CDLL | None = None) -> None:
+        self._memory, self._kernels = memory, kernels
         if kernels is not None:
-            kernels.engine_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
             kernels.engine_pack.argtypes = [
                 *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
                 *(ctypes.c_void_p, ctypes.c_int32),
@@ -103,11 +102,7 @@ class PackedLinear(LinearMethod):
     def _order(self, kernels: ctypes.CDLL, weights: Sequence[Tensor], bias: Tensor | None) -> Packed:
         rows, width = sum(map(len, weights)), weights[0].shape[1]
         shape = -(-rows // _PANEL), -(-width // _PANEL) * _PANEL // 2, _PANEL, 2
-        packed = None if self._memory is None else self._memory.for_weight(shape, torch.bfloat16)
-        if packed is None:
-            packed = torch.empty(shape, dtype=torch.bfloat16)
-            kernels.engine_large_pages(packed.data_ptr(), packed.nbytes)
-        panel = 0
+        packed, panel = self._memory.for_weight(shape, torch.bfloat16), 0
         for weight in weights:
             weight = weight.contiguous()
             threads = torch.get_num_threads()

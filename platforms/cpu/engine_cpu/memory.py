@@ -2,12 +2,14 @@
 to find them, so they are written ahead, or kept once they were.
 
     weights      the first 2 GiB | packed 0 | packed 1 | ... | written by a thread while modules are imported |
+                 then, 64 MiB and more at a time | packed n | packed n + 1 | ...
     activations  what steps free is kept for the next step
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
 from contextlib import suppress
@@ -21,7 +23,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST = 32 << 20  # of what comes from the heap, and the most that glibc allows
 _KEPT = 1 << 30
 
-_LARGE_PAGE = 2 << 20
+_LINE, _LARGE_PAGE = 64, 2 << 20
+_SLAB = 64 << 20
+"""Bytes of large pages that are asked for at a time, which weights share. What nobody takes is never touched."""
 _MOST_AHEAD = 2 << 30
 """Bytes that are written before anybody knows what of the weights will be packed."""
 _AT_ONCE = 16 << 20
@@ -30,10 +34,10 @@ lock all the time."""
 
 
 class HostMemory(TorchMemory):
-    """Memory as torch has it, with weights' written ahead, and an allocator that holds on to what a step used, up to
-    1 GiB."""
+    """Memory as torch has it, with large pages for weights, written ahead, and an allocator that holds on to what a
+    step used, up to 1 GiB."""
 
-    _ahead: Ahead | None = None
+    _slab: Slab | None = None
 
     def expect(self, nbytes: int) -> None:
         """See `MemoryManager.expect`. A machine with little memory that is free waits until it is needed."""
@@ -41,11 +45,20 @@ class HostMemory(TorchMemory):
         nbytes = min(nbytes, _MOST_AHEAD)
         if 0 < nbytes <= self._device.memory_info().free // 2:
             with suppress(OSError):  # no such range of addresses: then there is nothing ahead
-                self._ahead = Ahead(nbytes)
+                self._slab = Slab(nbytes, ahead=True)
 
-    def for_weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """A tensor, not initialised, of what was written ahead; None where that is used up."""
-        return None if self._ahead is None else self._ahead.take(shape, dtype)
+    def for_weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor, not initialised, of what was written ahead, and of other large pages once that is used up."""
+        part = None if self._slab is None else self._slab.take(shape, dtype)
+        if part is None:
+            self._end()
+            try:
+                self._slab = Slab(max(_nbytes(shape, dtype), _SLAB))
+            except OSError:  # torch says how much was wanted, or finds it elsewhere
+                return torch.empty(shape, dtype=dtype)
+            part = self._slab.take(shape, dtype)
+            assert part is not None
+        return part
 
     def kv_budget(self, fraction: float) -> int:
         """See `MemoryManager.kv_budget`. All weights are packed by now, so what is left was not needed."""
@@ -65,22 +78,22 @@ class HostMemory(TorchMemory):
         return super().allocate(nbytes)
 
     def _end(self) -> None:
-        if self._ahead is not None:
-            self._ahead.end()
-            self._ahead = None
+        if self._slab is not None:
+            self._slab.end()
+            self._slab = None
 
 
-class Ahead:
-    """A range of large pages, which a thread of its own writes, in order, until the first is taken.
-
-    Whoever takes finds them there, or is the one to write them.
+class Slab:
+    """A range of large pages, of which tensors take one part after the other.
 
     Args:
         nbytes: of all that can be taken. Raises `OSError` where there are no addresses for it.
+        ahead: a thread of its own writes the pages, in order, until the first is taken. Whoever takes finds them
+            there, or is the one to write them.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        nbytes = -(-nbytes // _LARGE_PAGE) * _LARGE_PAGE
+    def __init__(self, nbytes: int, *, ahead: bool = False) -> None:
+        nbytes = _ceil(nbytes, _LARGE_PAGE)
         self._pages = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):
@@ -90,8 +103,9 @@ class Ahead:
         self._bytes = whole[self._begin : self._begin + nbytes]
         self._taken = 0
         self._stop = threading.Event()
-        self._writer = threading.Thread(target=self._write, name="memory ahead")
-        self._writer.start()
+        self._writer = threading.Thread(target=self._write, name="memory ahead") if ahead else None
+        if self._writer:
+            self._writer.start()
 
     def _write(self) -> None:
         for part in self._bytes.split(_AT_ONCE):
@@ -102,21 +116,29 @@ class Ahead:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The next part, not initialised, which may be written from now on; None where it does not fit any more."""
         self._settle()
-        flat = self._bytes[self._taken :]
-        nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        flat, nbytes = self._bytes[self._taken :], _nbytes(shape, dtype)
         if nbytes > len(flat):
             return None
-        self._taken += -(-nbytes // 64) * 64
+        self._taken += _ceil(nbytes, _LINE)
         return flat[:nbytes].view(dtype).view(shape)
 
     def end(self) -> None:
         """Give what was not taken back to the system."""
         self._settle()
-        rest = -(-(self._begin + self._taken) // mmap.PAGESIZE) * mmap.PAGESIZE
+        rest = _ceil(self._begin + self._taken, mmap.PAGESIZE)
         if hasattr(mmap, "MADV_DONTNEED") and rest < len(self._pages):
             self._pages.madvise(mmap.MADV_DONTNEED, rest)
 
     def _settle(self) -> None:
         """Have the thread write nothing any more."""
         self._stop.set()
-        self._writer.join()
+        if self._writer:
+            self._writer.join()
+
+
+def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _ceil(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

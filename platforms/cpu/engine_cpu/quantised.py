@@ -7,9 +7,6 @@ the others.
 from __future__ import annotations
 
 import ctypes
-import functools
-import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine_cpu.attention import DTYPES
+from engine_cpu.memory import HostMemory
 from engine_sdk import Norm, QuantizedLinear, QuantScheme, QuantWeight, TorchQuantized, quantise
 
 _PANEL = 32
@@ -28,11 +26,6 @@ _STEP = 32
 
 _AT_ONCE = 1 << 20
 """Weights that are rounded at a time."""
-
-_LINE, _LARGE_PAGE = 64, 2 << 20
-
-_SLAB = 64 << 20
-"""Bytes that are asked for at a time, in whole large pages."""
 
 
 class _Weight(ctypes.Structure):
@@ -59,43 +52,18 @@ class Packed:
         return bool(self.weight.outputs % (2 * _PANEL) == 0)
 
 
-class _Slabs:
-    """Memory in large pages, which weights that are smaller than those share. What nobody takes is never touched."""
-
-    def __init__(self, kernels: ctypes.CDLL) -> None:
-        self._kernels, self._lock = kernels, threading.Lock()
-        self._rest = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor, not initialised."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            if nbytes > len(self._rest):
-                slab = torch.empty(max(nbytes, _SLAB) + _LARGE_PAGE, dtype=torch.uint8)
-                self._kernels.engine_large_pages(slab.data_ptr(), slab.nbytes)
-                self._rest = slab[-slab.data_ptr() % _LARGE_PAGE :]
-            part, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // _LINE) * _LINE :]
-        return part.view(dtype).view(shape)
-
-
-@functools.cache
-def _slabs(kernels: ctypes.CDLL) -> _Slabs:
-    """What the methods of all layers take from."""
-    return _Slabs(kernels)
-
-
 class CpuQuantized(QuantizedLinear):
     """The schemes ``int8`` and ``int4``; widths and groups that are no multiples of 32 take `TorchQuantized`.
 
     Args:
         scheme: what the weights are.
+        memory: gives them their place.
         kernels: the library that `engine_cpu.native` built.
     """
 
-    def __init__(self, scheme: QuantScheme, kernels: ctypes.CDLL) -> None:
+    def __init__(self, scheme: QuantScheme, memory: HostMemory, kernels: ctypes.CDLL) -> None:
         super().__init__(scheme)
-        self._other, self._kernels, self._memory = TorchQuantized(scheme), kernels, _slabs(kernels)
-        kernels.engine_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        self._other, self._memory, self._kernels = TorchQuantized(scheme), memory, kernels
         kernels.engine_pack_quantised.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
             *(ctypes.c_void_p, ctypes.c_int32),
@@ -139,9 +107,9 @@ class CpuQuantized(QuantizedLinear):
         if not outputs or not width or width % _STEP or group % _STEP or width % group or dtype not in DTYPES:
             return self._other.pack_quantized(some(slice(None)), bias)
         panels, threads = -(-outputs // _PANEL), torch.get_num_threads()
-        codes = self._memory.take((panels, width * _PANEL * self.scheme.bits // 8), torch.uint8)
-        scales = self._memory.take((panels, width // group, _PANEL), dtype)
-        offsets = self._memory.take(tuple(scales.shape), torch.int8) if zeros else None
+        codes = self._memory.for_weight((panels, width * _PANEL * self.scheme.bits // 8), torch.uint8)
+        scales = self._memory.for_weight((panels, width // group, _PANEL), dtype)
+        offsets = self._memory.for_weight(tuple(scales.shape), torch.int8) if zeros else None
         step = max(1, _AT_ONCE // width // _PANEL)
         for begin in range(0, panels, step):
             part = some(slice(begin * _PANEL, (begin + step) * _PANEL))

@@ -21,16 +21,6 @@
 #include <sys/mman.h>
 #endif
 
-// Large pages for memory that was not touched yet, where the system has them: fewer look-ups of addresses.
-extern "C" void engine_large_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = 1 << 12, from = (uintptr_t(data) + page - 1) / page * page, to = (uintptr_t(data) + bytes) / page * page;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 namespace {
 
 struct Product {  // the same as `_Product` in linear.py
@@ -289,7 +279,9 @@ struct Workspace {
       std::free(data);
       data = (X*)std::aligned_alloc(PAGE, needed);
       bytes = needed;
-      engine_large_pages(data, bytes);
+#if defined(__linux__)
+      madvise(data, bytes, MADV_HUGEPAGE);  // fewer look-ups of addresses, where the system has them
+#endif
     }
     return data;
   }
