@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from engine_conformance.arena import Arena, bind, check, prepare, request_outputs, run
 from engine_conformance.cases import Case, Row
-from engine_cpu import CpuPlatform, native, swaps, threads
+from engine_cpu import CpuPlatform, layers, native, swaps, threads
 from engine_cpu.attention import CpuAttention
 from engine_cpu.linear import Packed as LinearPacked
 from engine_cpu.linear import PackedLinear
@@ -30,7 +31,7 @@ from engine_cpu.operations import Operations
 from engine_cpu.quantised import CpuQuantized
 from engine_cpu.quantised import Packed as CpuPacked
 from engine_mutation.host import HostPlatform
-from engine_sdk import REFERENCE_OPS, AttentionSpec, Norm, QuantScheme, QuantWeight, TorchAttention
+from engine_sdk import REFERENCE_OPS, AttentionSpec, DecoderLayer, Norm, QuantScheme, QuantWeight, TorchAttention
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="there is no C++ compiler"
@@ -215,6 +216,7 @@ def check_all(kernels: ctypes.CDLL) -> None:
     check_quantised(kernels)
     check_operations(Operations(kernels))
     check_heads(Operations(kernels))
+    check_layers(kernels)
 
 
 @needs_compiler
@@ -421,8 +423,63 @@ def check_heads(operations: Operations) -> None:
             got = x.clone()
             operations.heads(5, 2, width, some)(got, cos, sin)
             assert torch.equal(got, torch.cat((q[0].transpose(0, 1), k[0].transpose(0, 1), v), 1)), (dtype, some)
-        with pytest.raises(ValueError, match="are turned by angles"):
+        with pytest.raises(ValueError, match="are turned by"):
             operations.heads(5, 2, width, None)(x.clone(), cos[..., :2], sin[..., :2])
+
+
+def check_layers(kernels: ctypes.CDLL) -> None:
+    """A layer in one call has the bits of its parts one by one, and writes the same to the cache."""
+    platform = BuiltPlatform()
+    platform.kernels = kernels
+    for rows in (ROWS, (Row(300, 1),)):
+        for dtype, scheme in (
+            (torch.bfloat16, None),
+            (torch.bfloat16, QuantScheme("int4", 4, 32)),
+            (torch.float16, QuantScheme("int8", 8, None)),
+        ):
+            memory = alone_in_memory()
+            method = PackedLinear(memory, kernels) if scheme is None else CpuQuantized(scheme, memory, kernels)
+            check_layer(platform, method, Case(spec(dtype), 32, rows))
+
+
+def check_layer(platform: BuiltPlatform, method: PackedLinear | CpuQuantized, case: Case) -> None:
+    draw, dtype, eps = torch.Generator().manual_seed(0), case.spec.dtype, (0.1, 0.2, 0.3, 0.4)
+    backend = platform.attention(case.spec)
+    arena = prepare(backend, case, platform.capabilities(), torch.device("cpu"))
+    plan, count = backend.plan(arena.batch), int(arena.batch.query_start_host[-1])
+    attention = nn.Module()
+    vars(attention)["engine_step"] = lambda: (backend, arena.cache, plan)
+
+    def linears(width: int, *outputs: int) -> list[nn.Linear]:
+        weight = torch.randn(sum(outputs), width, generator=draw).to(dtype)
+        made = [nn.Linear(width, rows, bias=False, dtype=dtype) for rows in outputs]
+        for one in made:
+            vars(one)["projection"] = SimpleNamespace(members=made, method=method, packed=method.pack(weight, None))
+        return made
+
+    norms = [Norm(torch.rand(size, generator=draw).to(dtype), e) for size, e in zip((96, 96, 64, 64), eps, strict=True)]
+    qkv, [o], gate_up, [down] = linears(96, 256, 128, 128), linears(256, 96), linears(96, 64, 64), linears(64, 96)
+    of = (norms[0], norms[1]), (norms[2], norms[3]), qkv, o, gate_up, down
+    forward = layers._whole(DecoderLayer(nn.Module(), attention, *of, 4, 2, 64), platform.kernels)
+    assert forward is not None
+    x, before = torch.randn(1, count, 96, generator=draw).to(dtype), arena.buffer.clone()
+    cos, sin = torch.randn(2, 1, count, 64, generator=draw).to(dtype)
+    got, after = forward(x, cos, sin), arena.buffer.clone()
+
+    arena.buffer.copy_(before)
+    packed = [vars(one)["projection"].packed for one in (qkv[0], o, gate_up[0], down)]
+    parts = method.multiply(x, packed[0], norm=norms[0]).view(count, 8, 64)
+    Operations(platform.kernels).heads(4, 2, 64, (norms[2], norms[3]))(parts, cos, sin)
+    attended = torch.empty(count, 4, 64, dtype=dtype)
+    q, k, v = parts.split((4, 2, 2), 1)
+    backend.forward(q, k, v, arena.cache, plan, attended)
+    h = method.multiply(attended.view(1, count, 256), packed[1], added=x)
+    assert torch.equal(got, method.feed_forward(h, norms[1], packed[2], packed[3]))
+    assert torch.equal(after, arena.buffer)
+    assert not torch.equal(after, before)
+    for wrong in ((x.double(), cos, sin), (x, cos[..., :2], sin[..., :2]), (x[:, :0], cos, sin)):
+        with pytest.raises(ValueError, match=r"the layer takes|are turned by"):
+            forward(*wrong)
 
 
 def rotated(*inputs: Tensor) -> list[Tensor]:
@@ -433,6 +490,13 @@ def rotated(*inputs: Tensor) -> list[Tensor]:
 def test_operations_agree_with_the_references(operations: Operations) -> None:
     check_operations(operations)
     check_heads(operations)
+
+
+@needs_compiler
+def test_a_layer_in_one_call_has_the_bits_of_its_parts() -> None:
+    kernels = native.library()
+    assert kernels is not None
+    check_layers(kernels)
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,42 @@ def test_layers_of_the_structure_are_exchanged_and_give_the_same(
     assert got == outputs(plain), "a layer's kernels round as separate operations do"
 
 
-def test_quantised_weights_run_in_the_same_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_layer_is_one_call_where_attention_is_ours(
+    ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading goes through `attend`, as does attention over a cache that is the SDK's; nothing differs."""
     tiny_model("qwen3").save_pretrained(tmp_path)
-    fused = load(tmp_path, quantization="int8")
+    made, calls = Counter[str](), layers._calls
+
+    def counted(kernels: Any) -> list[Callable[..., None]]:
+        def count(name: str, call: Callable[..., None], *args: Any) -> None:
+            made[name] += 1
+            call(*args)
+
+        return [partial(count, *pair) for pair in zip(("before", "after", "whole"), calls(kernels), strict=True)]
+
+    monkeypatch.setattr(layers, "_calls", counted)
+    options = {} if ours else {"kv_cache_dtype": "fp8_e4m3"}
+    llm = load(tmp_path, **options)
+    assert all(exchanged(llm))
+    assert made["before"] == made["after"] > 0
+    assert not made["whole"]
+    made.clear()
+    got = outputs(llm)
+    assert set(made) == ({"whole"} if ours else {"before", "after"})
+    monkeypatch.setattr(layers, "exchange_layers", lambda *args: None)
+    assert got == outputs(load(tmp_path, **options))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_weights_run_in_the_same_calls(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    fused = load(tmp_path, quantization=scheme)
     assert all(exchanged(fused))
     got = outputs(fused)
     monkeypatch.setattr(layers, "exchange_layers", lambda *args: None)
-    assert got == outputs(load(tmp_path, quantization="int8"))
+    assert got == outputs(load(tmp_path, quantization=scheme))
 
 
 def _unturned(forward: LayerForward) -> LayerForward:

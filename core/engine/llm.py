@@ -169,10 +169,7 @@ class LLM:
         return params
 
     def _admit(
-        self,
-        prompts: Sequence[Prompt],
-        params: Sequence[SamplingParams],
-        priorities: Sequence[int],
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[str]:
         """Queue all prompts, or none when one of them is wrong; their request ids."""
         if self._dead is not None:

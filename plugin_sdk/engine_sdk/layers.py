@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.interfaces import LinearMethod
+from engine.interfaces import AttentionBackend, KVCache, LinearMethod, Plan
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,16 @@ def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     torch.ops.engine.attention(q, k, v, attention.engine_handle, None, None, out)
     return out
+
+
+def attention_step(attention: nn.Module) -> tuple[AttentionBackend, KVCache, Plan] | None:
+    """What `AttentionBackend.forward` of the module `attention` gets in this step, for a kernel that does its work.
+
+    None where `attend` has to be called: in a step without plans, as after construction, and for attention that reads
+    another layer's keys and values or is called several times.
+    """
+    step = getattr(attention, "engine_step", None)
+    return None if step is None else step()
 
 
 def exchange_layer(layer: DecoderLayer, make: Callable[[], LayerForward | None]) -> None:

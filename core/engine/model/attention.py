@@ -98,17 +98,21 @@ class AttentionLayer:
         """Give the layer, and those that read its keys and values, their cache and the index of their plan."""
         self._cache, self._plan = cache, plan
 
+    def step(self) -> tuple[AttentionBackend, KVCache, Plan] | None:
+        """What it runs with in this step; None where a step has no plans."""
+        plans, owner = self._context.plans, self._owner or self
+        return None if plans is None else (self.backend, owner._cache, plans[owner._plan])
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sinks: Tensor | None, slopes: Tensor | None) -> None:
         """The op's body: see `AttentionBackend.forward`."""
-        plans, owner = self._context.plans, self._owner or self
-        if plans is None:
+        if (step := self.step()) is None:
             groups = self.spec.num_heads // self.spec.num_kv_heads
             own = v * (1 + k.mean(-1, keepdim=True)) + k.mean(-1, keepdim=True)
             torch.mul(own.repeat_interleave(groups, 1), 1 + q.mean(-1, keepdim=True), out=out)
             return
-        new_k, new_v = (k, v) if owner is self else (None, None)
-        cache, plan = owner._cache, plans[owner._plan]
-        self.backend.forward(q, new_k, new_v, cache, plan, out, sinks=sinks, alibi_slopes=slopes)
+        backend, cache, plan = step
+        new_k, new_v = (k, v) if self._owner is None else (None, None)
+        backend.forward(q, new_k, new_v, cache, plan, out, sinks=sinks, alibi_slopes=slopes)
 
 
 _numbers = itertools.count()
@@ -172,20 +176,20 @@ def attach(
             spec = specify(call, seen, kv_dtype)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{name} {error}") from None
-        if spec not in backends:
-            backends[spec] = platform.attention(spec)
+        backend = backends.get(spec) or backends.setdefault(spec, platform.attention(spec))
         owner = owners.get((id(call.key), id(call.value)))
         if owner is not None and owner.spec != spec:
             raise UnsupportedModelError(f"{name} reads the KV cache of {owner.name}, which has another specification")
-        layer = AttentionLayer(name, spec, backends[spec], context, owner)
+        layer = AttentionLayer(name, spec, backend, context, owner)
         owners.setdefault((id(call.key), id(call.value)), layer)
         earlier.append(layer)
     for module, layers in calls.items():
-        handle: Any = layers[0].handle
+        found = vars(module)  # by the op, and the SDK's `attention_step`
         if len(layers) > 1:
-            handle = Turns([layer.handle for layer in layers])
-            context.turns.append(handle)
-        module.engine_handle = handle
+            context.turns.append(Turns([layer.handle for layer in layers]))
+        elif layers[0].shares_kv_with is None:
+            found["engine_step"] = layers[0].step
+        found["engine_handle"] = context.turns[-1] if len(layers) > 1 else layers[0].handle
     return {layer.name: layer for layers in calls.values() for layer in layers}
 
 
@@ -198,9 +202,8 @@ def specify(call: AttentionCall, seen: Observations, kv_dtype: torch.dtype) -> A
     if (num_tokens, num_keys) != (NUM_TOKENS, NUM_TOKENS):
         raise UnsupportedModelError("attends to something else than the sequence's own tokens, which is not built yet")
     causal = call.kwargs.get("is_causal", getattr(call.module, "is_causal", True))
-    visibility: Visibility | None = Visibility(window=call.kwargs.get("sliding_window"), causal=causal)
-    if call.mask is not None:
-        visibility = seen.visibility(call.mask)
+    plain = Visibility(window=call.kwargs.get("sliding_window"), causal=causal)
+    visibility = plain if call.mask is None else seen.visibility(call.mask)
     if visibility is None:
         raise UnsupportedModelError("has a mask or bias that is none of causal, sliding window and chunked")
     if not visibility.causal and not seen.ahead:

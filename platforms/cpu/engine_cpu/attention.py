@@ -11,7 +11,7 @@ import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ _PART = 8  # of these that a decode does in one piece
 _FAR = 1 << 30  # keys: what reaches so far reaches all, and with a position it still fits into 32 bits
 
 
-# `Spec`, `Step` and `Call` in attention.cpp, field by field. Structures of ctypes would take more of each layer's time.
+# `AttentionSpec`, `AttentionStep` and `AttentionCall`, field by field. Structures of ctypes would take more time.
 _SPEC, _STEP, _CALL = struct.Struct("10i 2f 2i"), struct.Struct("3P 3q"), struct.Struct("9P 10q")
 
 
@@ -149,6 +149,13 @@ class CpuAttention(AttentionBackend):
         window, chunk = self.spec.window, self.spec.chunk
         low = 0 if window is None else max(0, position - window + 1)
         return low if chunk is None else max(low, position // chunk * chunk)
+
+    @staticmethod
+    def in_layer(cache: KVCache, plan: Plan) -> tuple[Any, ...]:
+        """The last arguments of ``engine_layer`` but one: specification, step, cache, bytes of a block and parts."""
+        raw, partial = cast(Tensor, cache.raw), plan.partial
+        place = raw.data_ptr(), raw.stride(0) * raw.element_size()
+        return plan.spec, plan.step, *place, None if partial is None else partial.data_ptr()
 
     def forward(
         self,

@@ -1,37 +1,140 @@
-"""A decoder layer in five calls of kernels.
+"""A decoder layer in one call of ``kernels/layer.cpp``, in three where attention is not `CpuAttention`'s:
 
     qkv = norm(x) @ W  ->  heads normed and turned where they lie  ->  attention  ->  h = attended @ W + x
     h + (silu(gate) * up) @ W, gate and up = norm(h) @ W
 
-Weights of 4 and 8 bits take a sixth: the feed-forward layer's two products are one each. Where a weight is in no order
-of ours, its product is the method's that has it, and what surrounds it takes a call each.
+Where a weight is in no order of ours, each product is a call of the method's that has it, and what surrounds it too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine_cpu import linear, quantised
-from engine_cpu.operations import Operations
-from engine_sdk import DecoderLayer, LayerForward, Norm, attend, exchange_layer, find_layers, hooked, projection_of
+from engine_cpu.attention import DTYPES, CpuAttention
+from engine_cpu.operations import Heads, Operations, angles, heads_of
+from engine_sdk import (
+    DecoderLayer,
+    LayerForward,
+    Norm,
+    attend,
+    attention_step,
+    exchange_layer,
+    find_layers,
+    hooked,
+    projection_of,
+)
 
 
-def exchange_layers(model: nn.Module, operations: Operations) -> None:
+def exchange_layers(model: nn.Module, kernels: ctypes.CDLL) -> None:
     """Let the layers of `model` that have the structure run in few calls."""
     for layer in find_layers(model):
-        exchange_layer(layer, functools.partial(_fused, layer, operations))
+        exchange_layer(layer, functools.partial(_fused, layer, kernels))
+
+
+class _Linear(ctypes.Structure):
+    """The same as `Linear` in layer.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("product", "quantised")]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_float)]
+
+
+class _Layer(ctypes.Structure):
+    """The same as `Layer` in layer.cpp."""
+
+    _fields_ = [
+        ("qkv", _Linear),
+        ("o", _Linear),
+        ("gate_up", _Linear),
+        ("down", _Linear),
+        ("before_attention", _Norm),
+        ("before_feed_forward", _Norm),
+        ("heads", Heads),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+def _whole(layer: DecoderLayer, kernels: ctypes.CDLL) -> LayerForward | None:
+    """The layer's forward in calls of ``layer.cpp``; None where a part of it is none of ours."""
+    norms, attention, width = layer.norms, layer.attention, layer.head_dim
+    found = [_packed(layer.qkv, norms[0]), _packed([layer.o]), _packed(layer.gate_up, norms[1]), _packed([layer.down])]
+    weights = [one[1] for one in found if one is not None]
+    heads, head_norms = heads_of(layer.num_heads, layer.num_kv_heads, width, layer.head_norms)
+    dtype, row = norms[0].weight.dtype, (layer.num_heads + 2 * layer.num_kv_heads, width)
+    if len(weights) < len(found) or not weights[2].gates or type(weights[2]) is not type(weights[3]):
+        return None
+    if dtype not in DTYPES or any(weight.dtype != dtype for weight in (norms[1].weight, *head_norms)):
+        return None
+    if dtype != torch.bfloat16 and any(isinstance(weight, linear.Packed) for weight in weights):
+        return None
+    normed = [norm.weight.contiguous() for norm in norms]
+    structure = _Layer(
+        *(_Linear(*_places(weight)) for weight in weights),
+        *(_Norm(weight.data_ptr(), norm.eps) for weight, norm in zip(normed, norms, strict=True)),
+        *(heads, DTYPES[dtype]),
+    )
+    place, pointed_to = ctypes.addressof(structure), (structure, weights, normed, head_norms)
+    before, after, whole = _calls(kernels)
+
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, _kept: object = pointed_to) -> Tensor:
+        rows, threads = x.shape[1], torch.get_num_threads()
+        cos, sin = angles(cos, sin, rows, width, dtype)
+        if x.dtype != dtype or len(x) != 1:
+            raise ValueError(f"the layer takes [1, N, hidden] of {dtype}, and this is {list(x.shape)} of {x.dtype}")
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        states, turns = (place, x.data_ptr(), rows), (cos.data_ptr(), sin.data_ptr())
+        step = attention_step(attention)
+        if step is not None and isinstance(step[0], CpuAttention):
+            whole(*states, out.data_ptr(), *turns, *CpuAttention.in_layer(*step[1:]), threads)
+            return out
+        parts = torch.empty(rows, *row, dtype=dtype)
+        before(*states, parts.data_ptr(), *turns, threads)
+        attended = attend(attention, *parts.split((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 1))
+        after(place, attended.data_ptr(), x.data_ptr(), rows, out.data_ptr(), threads)
+        return out
+
+    return forward
+
+
+@functools.cache
+def _calls(kernels: ctypes.CDLL) -> tuple[Callable[..., None], ...]:
+    """What comes before attention, what comes after it, and all of a layer."""
+    calls = kernels.engine_before_attention, kernels.engine_after_attention, kernels.engine_layer
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    calls[0].argtypes = [pointer, pointer, size, *[pointer] * 3, number]
+    calls[1].argtypes = [*[pointer] * 3, size, pointer, number]
+    calls[2].argtypes = [pointer, pointer, size, *[pointer] * 6, size, pointer, number]
+    for call in calls:
+        call.restype = None
+    return calls
+
+
+def _places(weight: linear.Packed | quantised.Packed) -> tuple[int | None, int | None]:
+    if isinstance(weight, quantised.Packed):
+        return None, ctypes.addressof(weight.weight)
+    assert weight.product is not None
+    return ctypes.addressof(weight.product), None
 
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 """(x [1, N, in], a tensor that is added or None) to [1, N, out]."""
 
 
-def _fused(layer: DecoderLayer, operations: Operations) -> LayerForward | None:
+def _fused(layer: DecoderLayer, kernels: ctypes.CDLL) -> LayerForward | None:
     """The layer's forward; None where it is left as it is."""
+    if (whole := _whole(layer, kernels)) is not None:
+        return whole
+    operations = Operations(kernels)
     heads, kv_heads, width = sizes = layer.num_heads, layer.num_kv_heads, layer.head_dim
     qkv, o = _product(layer.qkv, operations, layer.norms[0]), _product([layer.o], operations)
     feed_forward = _feed_forward(layer, operations)

@@ -26,7 +26,7 @@ _PANEL = 32
 
 
 class _Product(ctypes.Structure):
-    """The same as `Product` in linear.cpp."""
+    """The same as `Product` in interface.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),

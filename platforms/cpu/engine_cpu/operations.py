@@ -14,8 +14,8 @@ from engine_sdk import REFERENCE_OPS, Norm
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
-class _Heads(ctypes.Structure):
-    """The same as `Heads` in operations.cpp."""
+class Heads(ctypes.Structure):
+    """The same as `Heads` in interface.h."""
 
     _fields_ = [
         *((name, _LONG) for name in ("queries", "keys", "width")),
@@ -79,17 +79,13 @@ class Operations:
         It takes x [N, H + 2K, D], contiguous: queries, keys and values of each token; and cos and sin [1, N, D], which
         turn as in `OpSet.rotary`. Raises `ValueError` for another shape or dtype.
         """
-        weights = [None, None] if norms is None else [norm.weight.contiguous() for norm in norms]
-        eps = [0.0, 0.0] if norms is None else [norm.eps for norm in norms]
-        places = [None if weight is None else weight.data_ptr() for weight in weights]
-        structure = _Heads(num_heads, num_kv_heads, width, *places, *eps)
+        structure, weights = heads_of(num_heads, num_kv_heads, width, norms)
         row = num_heads + 2 * num_kv_heads, width
 
         def prepare(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-            kinds = {t.dtype for t in (x, cos, sin, *weights) if t is not None}
-            if cos.shape != (1, len(x), width) or sin.shape != cos.shape or x.shape[1:] != row or len(kinds) > 1:
-                raise ValueError(f"heads {row} of {x.dtype} are turned by angles {list(cos.shape)} of {cos.dtype}")
-            cos, sin = cos.contiguous(), sin.contiguous()
+            if x.shape[1:] != row or any(weight.dtype != x.dtype for weight in weights):
+                raise ValueError(f"heads {list(row)} are none of {list(x.shape)} of {x.dtype}, or normed as others")
+            cos, sin = angles(cos, sin, len(x), width, x.dtype)
             self._prepare(
                 *(ctypes.addressof(structure), x.data_ptr(), cos.data_ptr(), sin.data_ptr()), len(x), *_kind(x)
             )
@@ -109,6 +105,25 @@ class Operations:
             *(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()), heads, tokens, width, *place, *_kind(x)
         )
         return out.transpose(-2, -3)
+
+
+def heads_of(
+    num_heads: int, num_kv_heads: int, width: int, norms: tuple[Norm, Norm] | None
+) -> tuple[Heads, list[Tensor]]:
+    """What the kernels know of a layer's heads, and the weights that it points to."""
+    weights = [norm.weight.contiguous() for norm in norms or ()]
+    structure = Heads(num_heads, num_kv_heads, width)
+    if norms is not None:
+        structure.query_norm, structure.key_norm = (weight.data_ptr() for weight in weights)
+        structure.query_eps, structure.key_eps = (norm.eps for norm in norms)
+    return structure, weights
+
+
+def angles(cos: Tensor, sin: Tensor, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both contiguous; raises `ValueError` unless they are [1, tokens, width] of `dtype`."""
+    if not cos.shape == sin.shape == (1, tokens, width) or not cos.dtype == sin.dtype == dtype:
+        raise ValueError(f"{tokens} tokens with heads of {width} {dtype} are turned by {list(cos.shape)} {cos.dtype}")
+    return cos.contiguous(), sin.contiguous()
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int, int] | None:

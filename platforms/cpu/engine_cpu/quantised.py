@@ -29,7 +29,7 @@ _AT_ONCE = 1 << 20
 
 
 class _Weight(ctypes.Structure):
-    """The same as `Weight` in quantised.cpp."""
+    """The same as `Weight` in interface.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),

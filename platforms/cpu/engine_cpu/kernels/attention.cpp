@@ -22,7 +22,7 @@
 // Threads share the key/value heads, so that all tiles of a prompt find a head's keys in the cache of one core, and a
 // core that wrote a key reads it.
 
-#include "products.h"
+#include "interface.h"
 
 #include <algorithm>
 #include <atomic>
@@ -32,22 +32,13 @@
 
 extern "C" int omp_get_thread_num(void);
 
-namespace {
-
-struct Spec {  // of a layer and its cache; `_SPEC` in attention.py
+struct AttentionSpec {  // of a layer and its cache; `_SPEC` in attention.py
   int32_t num_heads, num_kv_heads, head_dim, v_head_dim;
   int32_t dtype, kv_dtype, causal, block_size;
   int32_t window, chunk;  // 0 without
   float scale, softcap;   // 0 without
   int32_t relative;       // reach of a learned bias, whose table [H, 2 * relative + 1] comes as slopes; -1 without
   int32_t num_threads;
-};
-
-struct Step {  // of a step; `_STEP` in attention.py
-  const int32_t* block_table;  // [R, table_stride]
-  const int64_t* slots;        // [N]
-  const struct Item* items;
-  int64_t num_tokens, num_items, table_stride;
 };
 
 struct Item {  // queries of a request; the same as the rows of `Plan.items`
@@ -57,16 +48,18 @@ struct Item {  // queries of a request; the same as the rows of `Plan.items`
   int32_t part, num_parts, merges;     // of a cut request: index among all parts, their number, whether it is the first
 };
 
-struct Call {  // of a layer in a step; `_CALL` in attention.py
-  const void *q, *k, *v;  // k and v null: read only
-  char* cache;            // block 0
-  void* out;              // [N, H, E]
-  const float *sinks, *slopes;
-  float* lse;     // [N, H] or null
-  float* partial; // [parts, H, E' + 2], of requests that are cut
-  int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // strides in elements
-  int64_t out_token, out_head, lse_token, block_bytes;        // the latter: of a block in this cache, padding included
+struct AttentionStep {  // of a step; `_STEP` in attention.py
+  const int32_t* block_table;  // [R, table_stride]
+  const int64_t* slots;        // [N]
+  const Item* items;
+  int64_t num_tokens, num_items, table_stride;
 };
+
+namespace {
+
+using Spec = AttentionSpec;
+using Step = AttentionStep;
+using Call = AttentionCall;
 
 constexpr int WIDTH = 16;  // of a panel; E', and the scores of a block, are multiples of it
 

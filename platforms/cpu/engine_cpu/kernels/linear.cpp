@@ -10,24 +10,13 @@
 //
 // An output is summed over k in order and by itself, so a row's bits depend neither on other rows nor on threads.
 
-#include "products.h"
+#include "interface.h"
 #include "rows.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace {
-
-struct Product {  // the same as `_Product` in linear.py
-  const bf16* weight;
-  const bf16* bias;  // or null
-  int64_t outputs, width;
-};
 
 using X = std::conditional_t<MULTIPLIES_BF16, bf16, float>;  // what rows are made of
 
@@ -267,25 +256,9 @@ void run(const Call& c, const Rows& x, X* packed) {
   }
 }
 
-// Memory for packed rows, kept from call to call.
-struct Workspace {
-  X* data = nullptr;
-  size_t bytes = 0;
-  ~Workspace() { std::free(data); }
-  X* take(int64_t rows, int64_t width) {
-    constexpr size_t PAGE = 1 << 21;
-    const size_t needed = ceil_to(ceil_to(rows, GROUP) * width * sizeof(X), PAGE);
-    if (bytes < needed) {
-      std::free(data);
-      data = (X*)std::aligned_alloc(PAGE, needed);
-      bytes = needed;
-#if defined(__linux__)
-      madvise(data, bytes, MADV_HUGEPAGE);  // fewer look-ups of addresses, where the system has them
-#endif
-    }
-    return data;
-  }
-};
+X* take(Workspace& from, int64_t rows, int64_t width) {
+  return (X*)from.take(ceil_to(rows, GROUP) * width * sizeof(X));
+}
 
 }  // namespace
 
@@ -318,7 +291,7 @@ extern "C" void engine_linear(const Product* p, const bf16* x, int64_t rows, bf1
   if (MULTIPLIES_BF16 && rows <= GROUP && p->width == width && !norm)
     return run(call, {(const X*)x, width, 0, STEP}, nullptr);
   thread_local Workspace workspace;
-  X* const packed = workspace.take(rows, width);
+  X* const packed = take(workspace, rows, width);
   run(call, {packed, STEP, GROUP * width, together(rows) * STEP}, packed);
 }
 
@@ -330,8 +303,8 @@ extern "C" void engine_gated(const Product* gate_up, const Product* down, const 
   tiles_allowed();
   thread_local Workspace before, between;
   const int64_t width = ceil_to(gate_up->width, STEP);
-  X* const first = before.take(rows, width);
-  X* const second = between.take(rows, down->width);
+  X* const first = take(before, rows, width);
+  X* const second = take(between, rows, down->width);
   run({gate_up, rows, x, nullptr, second, norm, nullptr, eps, true, num_threads},
       {first, STEP, GROUP * width, together(rows) * STEP}, first);
   run({down, rows, nullptr, out, nullptr, nullptr, x, 0, false, num_threads},

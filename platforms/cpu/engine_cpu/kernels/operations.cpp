@@ -1,6 +1,6 @@
 // Operations on rows, each in one pass over memory.
 
-#include "products.h"
+#include "interface.h"
 #include "rows.h"
 
 #include <type_traits>
@@ -63,12 +63,6 @@ template <class T> void rotary(const Shape& shape, const Rows& x, const T* cos, 
     turn_row(row<T>(x, shape, i), cos + token * width, sin + token * width, width, to);
   });
 }
-
-struct Heads {  // the same as `_Heads` in operations.py
-  int64_t queries, keys, width;          // a token has queries, keys and as many values, of `width` each
-  const void *query_norm, *key_norm;     // weights [width], or null
-  float query_eps, key_eps;
-};
 
 // Queries and keys of x [tokens][heads][width] normed, and turned, where they lie.
 template <class T>

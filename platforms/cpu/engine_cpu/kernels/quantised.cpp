@@ -14,20 +14,13 @@
 // group several pieces. A single row is multiplied with numbers in registers instead, where floats make the same sums. An
 // output is summed in one order, so a row's bits depend neither on other rows nor on threads.
 
-#include "products.h"
+#include "interface.h"
 #include "rows.h"
 
 #include <algorithm>
 #include <vector>
 
 namespace {
-
-struct Weight {  // the same as `_Weight` in quantised.py
-  const void *codes, *scales;
-  const int8_t* zeros;  // or null
-  int64_t outputs, width, group;
-  int32_t bits, scale_dtype;
-};
 
 // A product with what comes before and after it in a model.
 template <class T> struct Call {
