@@ -477,7 +477,12 @@ def check_layer(platform: BuiltPlatform, method: PackedLinear | CpuQuantized, ca
     assert torch.equal(got, method.feed_forward(h, norms[1], packed[2], packed[3]))
     assert torch.equal(after, arena.buffer)
     assert not torch.equal(after, before)
-    for wrong in ((x.double(), cos, sin), (x, cos[..., :2], sin[..., :2]), (x[:, :0], cos, sin)):
+    for wrong in (
+        (x.double(), cos, sin),
+        (x[..., :64], cos, sin),
+        (x, cos[..., :2], sin[..., :2]),
+        (x[:, :0], cos, sin),
+    ):
         with pytest.raises(ValueError, match=r"the layer takes|are turned by"):
             forward(*wrong)
 

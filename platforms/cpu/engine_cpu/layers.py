@@ -82,14 +82,15 @@ def _whole(layer: DecoderLayer, kernels: ctypes.CDLL) -> LayerForward | None:
         *(_Norm(weight.data_ptr(), norm.eps) for weight, norm in zip(normed, norms, strict=True)),
         *(heads, DTYPES[dtype]),
     )
+    hidden = layer.down.out_features
     place, pointed_to = ctypes.addressof(structure), (structure, weights, normed, head_norms)
     before, after, whole = _calls(kernels)
 
     def forward(x: Tensor, cos: Tensor, sin: Tensor, _kept: object = pointed_to) -> Tensor:
         rows, threads = x.shape[1], torch.get_num_threads()
         cos, sin = angles(cos, sin, rows, width, dtype)
-        if x.dtype != dtype or len(x) != 1:
-            raise ValueError(f"the layer takes [1, N, hidden] of {dtype}, and this is {list(x.shape)} of {x.dtype}")
+        if x.dtype != dtype or x.shape != (1, rows, hidden):
+            raise ValueError(f"the layer takes [1, N, {hidden}] of {dtype}, and this is {list(x.shape)} of {x.dtype}")
         x = x.contiguous()
         out = torch.empty_like(x)
         states, turns = (place, x.data_ptr(), rows), (cos.data_ptr(), sin.data_ptr())
