@@ -216,6 +216,7 @@ def check_all(kernels: ctypes.CDLL) -> None:
     check_quantised(kernels)
     check_operations(Operations(kernels))
     check_heads(Operations(kernels))
+    check_draw(Operations(kernels))
     check_layers(kernels)
 
 
@@ -427,6 +428,19 @@ def check_heads(operations: Operations) -> None:
             operations.heads(5, 2, width, None)(x.clone(), cos[..., :2], sin[..., :2])
 
 
+def check_draw(operations: Operations) -> None:
+    """The largest of each row, as torch has it: the first of several, the first NaN before all."""
+    for dtype in DTYPES:
+        for width in (1, 7, 40, 8192, 8193, 30_000):
+            x = torch.randn(5, width + 3, generator=torch.Generator().manual_seed(width)).to(dtype)[:, :width]
+            x[1] = -torch.inf
+            x[2, width // 3] = x[2, -1] = 9  # two of the largest
+            x[3, width // 2] = x[3, -1] = torch.nan
+            x[3, 0] = x[4, -1] = torch.inf
+            for rows in (x, x[:1], x[:0], x.t()[:, :2].t()):
+                assert torch.equal(operations.draw(rows, None), rows.max(-1).indices), (dtype, width)
+
+
 def check_layers(kernels: ctypes.CDLL) -> None:
     """A layer in one call has the bits of its parts one by one, and writes the same to the cache."""
     platform = BuiltPlatform()
@@ -495,6 +509,7 @@ def rotated(*inputs: Tensor) -> list[Tensor]:
 def test_operations_agree_with_the_references(operations: Operations) -> None:
     check_operations(operations)
     check_heads(operations)
+    check_draw(operations)
 
 
 @needs_compiler

@@ -64,7 +64,7 @@ class CpuPlatform(TorchPlatform):
         return CpuAttention(spec, kernels, declared)
 
     def ops(self) -> OpSet:
-        """Norm, gated activation and rotary embedding as kernels, where they are built."""
+        """Norm, gated activation, rotary embedding and greedy sampling as kernels, where they are built."""
         if (kernels := native.library()) is None:
             return super().ops()
         mine = Operations(kernels)
@@ -74,6 +74,7 @@ class CpuPlatform(TorchPlatform):
             add_rms_norm=mine.add_rms_norm,
             silu_and_mul=mine.silu_and_mul,
             rotary=mine.rotary,
+            draw=mine.draw,
         )
 
     def linear(self, scheme: QuantScheme | None) -> LinearMethod | None:

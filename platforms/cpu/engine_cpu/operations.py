@@ -1,4 +1,4 @@
-"""Norm, gated activation and rotary embedding through the kernels in ``kernels/operations.cpp``."""
+"""Norm, gated activation, rotary embedding and greedy sampling through the kernels in ``kernels/operations.cpp``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine_cpu.attention import DTYPES
-from engine_sdk import REFERENCE_OPS, Norm
+from engine_sdk import REFERENCE_OPS, DrawInputs, Norm
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -36,7 +36,9 @@ class Operations:
         self._rotary.argtypes = [*[_POINTER] * 4, *[_LONG] * 5, *[_INT] * 2]
         self._prepare = kernels.engine_prepare
         self._prepare.argtypes = [*[_POINTER] * 4, _LONG, *[_INT] * 2]
-        for function in (self._rms_norm, self._silu_and_mul, self._rotary, self._prepare):
+        self._choose = kernels.engine_choose
+        self._choose.argtypes = [_POINTER, *[_LONG] * 3, _POINTER, *[_INT] * 2]
+        for function in (self._rms_norm, self._silu_and_mul, self._rotary, self._prepare, self._choose):
             function.restype = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -60,6 +62,14 @@ class Operations:
             return REFERENCE_OPS.silu_and_mul(gate, up)
         out = torch.empty(gate.shape, dtype=gate.dtype)
         self._silu_and_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), *rows, *others[3:], *_kind(gate))
+        return out
+
+    def draw(self, logits: Tensor, inputs: DrawInputs | None) -> Tensor:
+        """See `OpSet.draw`; the kernel is for steps whose rows all take their largest logit."""
+        if inputs is not None or logits.dtype not in DTYPES or logits.stride(-1) != 1 or not logits.numel():
+            return REFERENCE_OPS.draw(logits, inputs)
+        out = torch.empty(len(logits), dtype=torch.int64)
+        self._choose(logits.data_ptr(), *logits.shape, logits.stride(0), out.data_ptr(), *_kind(logits))
         return out
 
     def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 #include "interface.h"
 #include "rows.h"
 
+#include <algorithm>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -79,7 +81,65 @@ void prepare(const Heads& h, int64_t tokens, const T* cos, const T* sin, T* x, i
   });
 }
 
+struct Largest {
+  float value = -INF;
+  bool strange = false;  // there is a NaN
+};
+
+template <class T> Largest largest_of(const T* x, int64_t count) {
+  F32 most = splat(-INF);
+  I32 strange = {};
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const F32 v = load(x + i);
+    strange |= v != v;
+    most = max(most, v);
+  }
+  Largest found = {largest(most)};
+  for (int lane = 0; lane < LANES; lane++) found.strange |= strange[lane] != 0;
+  for (; i < count; i++) {
+    const float v = to_float(x[i]);
+    found.strange |= v != v;
+    found.value = std::max(found.value, v);
+  }
+  return found;
+}
+
+// The first NaN of each row of x [rows][width], or else the first of its largest.
+template <class T> void choose(const T* x, int64_t rows, int64_t width, int64_t stride, int64_t* out, int32_t num_threads) {
+  constexpr int64_t PIECE = 1 << 13;
+  const int64_t pieces = (width + PIECE - 1) / PIECE;
+  std::vector<Largest> found(rows * pieces);
+  const auto size = [&](int64_t p) { return std::min(PIECE, width - p * PIECE); };
+#pragma omp parallel num_threads(rows * width < 1 << 15 ? 1 : num_threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows * pieces; i++)
+      found[i] = largest_of(x + i / pieces * stride + i % pieces * PIECE, size(i % pieces));
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < rows; m++) {
+      const Largest* all = &found[m * pieces];
+      int64_t best = 0;
+      for (int64_t p = 1; p < pieces && !all[best].strange; p++)
+        if (all[p].strange || all[p].value > all[best].value) best = p;
+      const T* piece = x + m * stride + best * PIECE;
+      int64_t i = 0;
+      for (float v; i + 1 < size(best); i++)
+        if (v = to_float(piece[i]), all[best].strange ? v != v : v == all[best].value) break;
+      out[m] = best * PIECE + i;
+    }
+  }
+}
+
 }  // namespace
+
+extern "C" void engine_choose(const void* x, int64_t rows, int64_t width, int64_t stride, int64_t* out, int32_t dtype,
+                              int32_t num_threads) {
+  with_type(dtype, [&](auto* of) {
+    using T = std::remove_reference_t<decltype(*of)>;
+    choose((const T*)x, rows, width, stride, out, num_threads);
+  });
+}
 
 extern "C" void engine_rms_norm(const void* x, const void* weight, void* out, int64_t outer, int64_t inner, int64_t width,
                                 int64_t outer_stride, int64_t inner_stride, float eps, int32_t dtype,
