@@ -17,16 +17,17 @@ import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine_cpu import CpuPlatform, native
 from engine_cpu.linear import PackedLinear
 from engine_cpu.memory import HostMemory
 from engine_cpu.quantised import CpuQuantized
-from engine_sdk import QuantScheme
+from engine_sdk import LinearMethod, QuantScheme
 
 SHAPES = {
     "qkv": (4096, 1024),
@@ -55,34 +56,18 @@ def seconds(calls: Sequence[Callable[[], object]], budget: float = 0.4) -> float
     return best / len(calls)
 
 
-def beside_onednn(name: str, rows: Sequence[int], memory: HostMemory, kernels: ctypes.CDLL) -> None:
-    outputs, inputs = SHAPES[name]
-    weight = torch.randn(outputs, inputs).bfloat16()
-    methods = PackedLinear(memory, kernels), PackedLinear(memory)
+def measure(weight: Tensor, rows: Sequence[int], methods: Sequence[LinearMethod]) -> Iterator[tuple[int, list[float]]]:
+    """A number of rows, and how long each method takes for them."""
     packed = [[m.pack(weight, None) for _ in range(max(1, TURNS // weight.nbytes))] for m in methods]
     for count in rows:
-        x = torch.randn(count, inputs).bfloat16()
-        ours, theirs = (
-            seconds([functools.partial(m.apply, x, p) for p in many]) for m, many in zip(methods, packed, strict=True)
+        x = torch.randn(count, weight.shape[1]).bfloat16()
+        yield (
+            count,
+            [
+                seconds([functools.partial(m.apply, x, p) for p in many])
+                for m, many in zip(methods, packed, strict=True)
+            ],
         )
-        print(
-            f"{name:<10}{count:5}{ours * 1e6:9.0f}{theirs * 1e6:9.0f}{theirs / ours:7.2f}"
-            f"{weight.nbytes / ours / 1e9:7.1f}{2 * count * weight.numel() / ours / 1e9:9.0f}",
-            flush=True,
-        )
-
-
-def beside_bf16(name: str, rows: Sequence[int], memory: HostMemory, kernels: ctypes.CDLL) -> None:
-    outputs, inputs = SHAPES[name]
-    weight = torch.randn(outputs, inputs).bfloat16()
-    methods = [PackedLinear(memory, kernels), *(CpuQuantized(scheme, memory, kernels) for scheme in SCHEMES)]
-    packed = [[m.pack(weight, None) for _ in range(max(1, TURNS // weight.nbytes))] for m in methods]
-    for count in rows:
-        x = torch.randn(count, inputs).bfloat16()
-        plain, *took = (
-            seconds([functools.partial(m.apply, x, p) for p in many]) for m, many in zip(methods, packed, strict=True)
-        )
-        print(f"{name:<10}{count:5}{plain * 1e6:9.0f}" + "".join(f"{plain / t:10.2f}" for t in took), flush=True)
 
 
 def main() -> None:
@@ -103,8 +88,19 @@ def main() -> None:
     else:
         print(f"{'shape':<10}{'rows':>5}{'us':>9}{'oneDNN':>9}{'ratio':>7}{'GB/s':>7}{'GFLOP/s':>9}")
     for name in args.shapes:
-        memory = HostMemory(CpuPlatform().device())
-        (beside_bf16 if args.quantised else beside_onednn)(name, args.rows, memory, kernels)
+        weight, memory = torch.randn(SHAPES[name]).bfloat16(), HostMemory(CpuPlatform().device())
+        quantised = [CpuQuantized(scheme, memory, kernels) for scheme in SCHEMES]
+        others = quantised if args.quantised else [PackedLinear(memory)]
+        for count, (plain, *took) in measure(weight, args.rows, [PackedLinear(memory, kernels), *others]):
+            print(f"{name:<10}{count:5}{plain * 1e6:9.0f}", end="")
+            if args.quantised:
+                print(*(f"{plain / t:10.2f}" for t in took), sep="", flush=True)
+            else:
+                print(
+                    f"{took[0] * 1e6:9.0f}{took[0] / plain:7.2f}"
+                    f"{weight.nbytes / plain / 1e9:7.1f}{2 * count * weight.numel() / plain / 1e9:9.0f}",
+                    flush=True,
+                )
 
 
 def _name(scheme: QuantScheme) -> str:

@@ -30,6 +30,13 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+def written(slab: Slab | None) -> None:
+    """Wait until a slab's thread has written all of it, or was stopped."""
+    assert slab is not None
+    assert slab._writer is not None
+    slab._writer.join()
+
+
 def test_parts_follow_each_other_and_stay_what_they_become(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken while the thread still writes, as it is slow here."""
     monkeypatch.setattr(memory, "_AT_ONCE", 4096)
@@ -42,8 +49,7 @@ def test_parts_follow_each_other_and_stay_what_they_become(monkeypatch: pytest.M
         assert part.data_ptr() >= end
         end = part.data_ptr() + part.nbytes
         part.fill_(number)
-    assert slab._writer is not None
-    slab._writer.join()
+    written(slab)
     for number, part in enumerate(parts, 1):
         assert part is not None
         assert bool((part == number).all())
@@ -61,8 +67,7 @@ def test_what_does_not_fit_is_none() -> None:
 def test_it_is_written_before_it_is_taken_and_given_back_after() -> None:
     before = resident()
     slab = Slab(64 * MIB, ahead=True)
-    assert slab._writer is not None
-    slab._writer.join()
+    written(slab)
     assert resident() - before > 60 * MIB
     kept = slab.take((16 * MIB,), torch.uint8)
     assert kept is not None
@@ -105,9 +110,7 @@ def test_no_more_is_written_than_a_machine_can_spare(monkeypatch: pytest.MonkeyP
     assert enough._slab is None
     before = resident()
     enough.expect(400 * MIB)
-    assert enough._slab is not None
-    assert enough._slab._writer is not None
-    enough._slab._writer.join()
+    written(enough._slab)
     assert resident() - before < 20 * MIB, "no more than the limit"
 
 
@@ -115,9 +118,7 @@ def test_no_more_is_written_than_a_machine_can_spare(monkeypatch: pytest.MonkeyP
 def test_weights_beyond_what_was_expected_find_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
     before, found = resident(), host(monkeypatch, 400 * MIB)
     found.expect(64 * MIB)
-    assert found._slab is not None
-    assert found._slab._writer is not None
-    found._slab._writer.join()
+    written(found._slab)
     sizes = (24 * MIB, 48 * MIB, 80 * MIB, 64, 0)
     parts = [found.for_weight((size,), torch.uint8).fill_(n) for n, size in enumerate(sizes)]
     assert resident() - before < 166 * MIB, "what was expected and not taken went back"

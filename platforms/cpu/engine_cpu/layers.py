@@ -32,10 +32,10 @@ from engine_sdk import (
 )
 
 
-def exchange_layers(model: nn.Module, kernels: ctypes.CDLL) -> None:
+def exchange_layers(model: nn.Module, kernels: ctypes.CDLL, operations: Operations) -> None:
     """Let the layers of `model` that have the structure run in few calls."""
     for layer in find_layers(model):
-        exchange_layer(layer, functools.partial(_fused, layer, kernels))
+        exchange_layer(layer, functools.partial(_fused, layer, kernels, operations))
 
 
 class _Linear(ctypes.Structure):
@@ -45,6 +45,8 @@ class _Linear(ctypes.Structure):
 
 
 class _Norm(ctypes.Structure):
+    """The same as `Norm` in layer.cpp."""
+
     _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_float)]
 
 
@@ -131,11 +133,10 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 """(x [1, N, in], a tensor that is added or None) to [1, N, out]."""
 
 
-def _fused(layer: DecoderLayer, kernels: ctypes.CDLL) -> LayerForward | None:
+def _fused(layer: DecoderLayer, kernels: ctypes.CDLL, operations: Operations) -> LayerForward | None:
     """The layer's forward; None where it is left as it is."""
     if (whole := _whole(layer, kernels)) is not None:
         return whole
-    operations = Operations(kernels)
     heads, kv_heads, width = sizes = layer.num_heads, layer.num_kv_heads, layer.head_dim
     qkv, o = _product(layer.qkv, operations, layer.norms[0]), _product([layer.o], operations)
     feed_forward = _feed_forward(layer, operations)

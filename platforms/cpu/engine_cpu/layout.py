@@ -45,11 +45,11 @@ class PackedLayout(PagedLayout):
     ) -> None:
         super().__init__(block_size, num_kv_heads, head_dim, v_head_dim, kv_dtype)
         pair = self._pair = 2 if kv_dtype == torch.bfloat16 else 1
-        tokens, width = _ceil(block_size, pair), _ceil(v_head_dim, WIDTH)
+        tokens, width = ceil_to(block_size, pair), ceil_to(v_head_dim, WIDTH)
         panel = self._panel = tokens if tokens % WIDTH else WIDTH
-        self._keys = (num_kv_heads, tokens // panel, _ceil(head_dim, pair) // pair, panel, pair)
+        self._keys = (num_kv_heads, tokens // panel, ceil_to(head_dim, pair) // pair, panel, pair)
         self._values = (num_kv_heads, width // WIDTH, tokens // pair, WIDTH, pair)
-        self.used = num_kv_heads * tokens * (_ceil(head_dim, pair) + width)
+        self.used = num_kv_heads * tokens * (ceil_to(head_dim, pair) + width)
         self.block_bytes = self.used * kv_dtype.itemsize
 
     def bind(self, storage: Tensor, num_blocks: int) -> PackedCache:
@@ -88,5 +88,6 @@ def _cut(x: Tensor, size: int) -> Tensor:
     return pieces
 
 
-def _ceil(size: int, multiple: int) -> int:
+def ceil_to(size: int, multiple: int) -> int:
+    """The least multiple that is not below `size`."""
     return -(-size // multiple) * multiple

@@ -17,6 +17,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from engine_cpu.layout import ceil_to
 from engine_sdk import TorchMemory
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -93,7 +94,7 @@ class Slab:
     """
 
     def __init__(self, nbytes: int, *, ahead: bool = False) -> None:
-        nbytes = _ceil(nbytes, _LARGE_PAGE)
+        nbytes = ceil_to(nbytes, _LARGE_PAGE)
         self._pages = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):
@@ -119,13 +120,13 @@ class Slab:
         flat, nbytes = self._bytes[self._taken :], _nbytes(shape, dtype)
         if nbytes > len(flat):
             return None
-        self._taken += _ceil(nbytes, _LINE)
+        self._taken += ceil_to(nbytes, _LINE)
         return flat[:nbytes].view(dtype).view(shape)
 
     def end(self) -> None:
         """Give what was not taken back to the system."""
         self._settle()
-        rest = _ceil(self._begin + self._taken, mmap.PAGESIZE)
+        rest = ceil_to(self._begin + self._taken, mmap.PAGESIZE)
         if hasattr(mmap, "MADV_DONTNEED") and rest < len(self._pages):
             self._pages.madvise(mmap.MADV_DONTNEED, rest)
 
@@ -138,7 +139,3 @@ class Slab:
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
-
-
-def _ceil(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

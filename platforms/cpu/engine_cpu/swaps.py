@@ -48,7 +48,7 @@ class _Parts:
             return
         operations = Operations(kernels)
         self._shared(method)
-        exchange_layers(self._model, kernels)
+        exchange_layers(self._model, kernels, operations)
         self._rotations(operations)
         for kinds in ("RMSNorm", "MLP"):
             found = [m for m in self._model.modules() if type(m).__name__.endswith(kinds)]

@@ -56,21 +56,26 @@ void engine_prepare(const Heads* heads, void* x, const void* cos, const void* si
 void engine_attention(const AttentionSpec* s, const AttentionStep* step, const AttentionCall* call);
 }
 
-// Memory of a thread, kept from call to call, in large pages where the system has them: fewer look-ups of addresses.
+// Memory of a thread, kept from call to call, in large pages where the system has them: fewer look-ups of addresses. A
+// sanitizer finds what is touched beyond it.
 class Workspace {
  public:
   ~Workspace() { std::free(data); }
-  void* take(size_t needed) {
+  template <class T> T* take(size_t count) {
+#if defined(__SANITIZE_ADDRESS__)
+    constexpr size_t PAGE = 64;
+#else
     constexpr size_t PAGE = 1 << 21;
-    if (bytes < needed) {
+#endif
+    if (bytes < count * sizeof(T)) {
       std::free(data);
-      bytes = (needed + PAGE - 1) / PAGE * PAGE;
+      bytes = (count * sizeof(T) + PAGE - 1) / PAGE * PAGE;
       data = std::aligned_alloc(PAGE, bytes);
-#if defined(__linux__)
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
       madvise(data, bytes, MADV_HUGEPAGE);
 #endif
     }
-    return data;
+    return (T*)data;
   }
 
  private:

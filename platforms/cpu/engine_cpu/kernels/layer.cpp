@@ -57,7 +57,7 @@ extern "C" void engine_after_attention(const Layer* l, const void* attended, con
     return engine_gated(l->gate_up.product, l->down.product, (bf16*)out, rows, (bf16*)out, (const bf16*)norm.weight, norm.eps,
                         num_threads);
   thread_local Workspace workspace;
-  void* const between = workspace.take(rows * l->gate_up.outputs() / 2 * element(*l));
+  void* const between = workspace.take<char>(rows * l->gate_up.outputs() / 2 * element(*l));
   multiply(*l, l->gate_up, out, rows, between, norm, nullptr, true, num_threads);
   multiply(*l, l->down, between, rows, out, {}, out, false, num_threads);
 }
@@ -69,7 +69,7 @@ extern "C" void engine_layer(const Layer* l, const void* x, int64_t rows, void* 
   const Heads& h = l->heads;
   const int64_t token = (h.queries + 2 * h.keys) * h.width, attended_token = h.queries * h.width;
   thread_local Workspace workspace;
-  char* const q = (char*)workspace.take(rows * (token + attended_token) * element(*l));
+  char* const q = workspace.take<char>(rows * (token + attended_token) * element(*l));
   char *const k = q + attended_token * element(*l), *const v = k + h.keys * h.width * element(*l);
   char* const attended = q + rows * token * element(*l);
   engine_before_attention(l, x, rows, q, cos, sin, num_threads);

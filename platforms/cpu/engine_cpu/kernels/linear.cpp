@@ -256,10 +256,6 @@ void run(const Call& c, const Rows& x, X* packed) {
   }
 }
 
-X* take(Workspace& from, int64_t rows, int64_t width) {
-  return (X*)from.take(ceil_to(rows, GROUP) * width * sizeof(X));
-}
-
 }  // namespace
 
 // weight [N][K] -> packed.
@@ -291,7 +287,7 @@ extern "C" void engine_linear(const Product* p, const bf16* x, int64_t rows, bf1
   if (MULTIPLIES_BF16 && rows <= GROUP && p->width == width && !norm)
     return run(call, {(const X*)x, width, 0, STEP}, nullptr);
   thread_local Workspace workspace;
-  X* const packed = take(workspace, rows, width);
+  X* const packed = workspace.take<X>(ceil_to(rows, GROUP) * width);
   run(call, {packed, STEP, GROUP * width, together(rows) * STEP}, packed);
 }
 
@@ -303,8 +299,8 @@ extern "C" void engine_gated(const Product* gate_up, const Product* down, const 
   tiles_allowed();
   thread_local Workspace before, between;
   const int64_t width = ceil_to(gate_up->width, STEP);
-  X* const first = take(before, rows, width);
-  X* const second = take(between, rows, down->width);
+  X* const first = before.take<X>(ceil_to(rows, GROUP) * width);
+  X* const second = between.take<X>(ceil_to(rows, GROUP) * down->width);
   run({gate_up, rows, x, nullptr, second, norm, nullptr, eps, true, num_threads},
       {first, STEP, GROUP * width, together(rows) * STEP}, first);
   run({down, rows, nullptr, out, nullptr, nullptr, x, 0, false, num_threads},

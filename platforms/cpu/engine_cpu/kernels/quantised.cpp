@@ -377,10 +377,8 @@ template <class T, class X> void multiply_rows(const Call<T>& c) {
   const int64_t rows = c.rows, width = c.weight.width, together = std::min<int64_t>(rows, GROUP) * STEP;
   if constexpr (std::is_same_v<T, X>)
     if (rows <= GROUP && !c.norm) return run<T, X>(c, {c.x, width, 0, STEP});
-  thread_local std::vector<X> memory;
-  const size_t needed = (rows + GROUP) * width + LINE;
-  if (memory.size() < needed) memory.resize(needed);
-  X* const packed = (X*)((uintptr_t(memory.data()) + LINE - 1) / LINE * LINE);
+  thread_local Workspace workspace;
+  X* const packed = workspace.take<X>((rows + GROUP) * width);
 #pragma omp parallel num_threads(rows * width < 1 << 16 ? 1 : c.num_threads)
   {
     std::vector<T> normed(c.norm ? width : 0);
