@@ -50,10 +50,7 @@ class TorchMemory(MemoryManager):
         """
         if not self._host:
             return torch.zeros(nbytes, dtype=torch.uint8, device=self._device.torch_device)
-        pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer entries of the address cache, where the system has them
-            with suppress(OSError):
-                pages.madvise(mmap.MADV_HUGEPAGE)
+        pages = fresh_pages(max(1, nbytes))
         _CACHES.add(pages)
         return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
@@ -88,6 +85,18 @@ class TorchMemory(MemoryManager):
             return
         with suppress(OSError, AttributeError):  # only glibc has it; others need no such call
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def fresh_pages(nbytes: int) -> mmap.mmap:
+    """Memory of the host, zero, that takes none until it is written; raises `OSError` without addresses for it.
+
+    It has large pages where the system does, which are fewer entries of the address cache.
+    """
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def host_memory(root: Path = Path("/")) -> MemoryInfo:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine_cpu.layout import ceil_to
 from engine_sdk import TorchMemory
+from engine_sdk.memory import fresh_pages
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGEST = 32 << 20  # of what comes from the heap, and the most that glibc allows
@@ -95,10 +96,7 @@ class Slab:
 
     def __init__(self, nbytes: int, *, ahead: bool = False) -> None:
         nbytes = ceil_to(nbytes, _LARGE_PAGE)
-        self._pages = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):
-                self._pages.madvise(mmap.MADV_HUGEPAGE)
+        self._pages = fresh_pages(nbytes + _LARGE_PAGE)
         whole = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._begin = -whole.data_ptr() % _LARGE_PAGE
         self._bytes = whole[self._begin : self._begin + nbytes]
